@@ -1,0 +1,326 @@
+"""Settings: partial presets and overrides settle into one total, frozen TrainConfig, written as a commented config.toml.
+
+Every default, bound and help text lives in the models here and in the methods' Specs; the form, the command line,
+the presets and the docs are read off them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from reparam_diffusion.adapters import METHODS, Spec
+from reparam_diffusion.errors import UserError
+
+SCHEMA = 1
+PRESETS = Path(__file__).resolve().parent.parent / "presets"
+
+AnySpec = Annotated[  # type: ignore[valid-type]  # the union is what is registered
+    Union[tuple(method.spec for method in METHODS.values())],  # noqa: UP007
+    Field(discriminator="method"),
+]
+
+
+class Settings(BaseModel):
+    """One group of settings: frozen, no unknown keys, each field with its help beneath it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class ModelSettings(Settings):
+    path: str = "starter"
+    """The base model: "starter", a diffusers folder, a single .safetensors file, or a hub id."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the frozen weights; auto takes the faster one as measured on this device."""
+    device: str = "auto"
+    """Where to train: auto, cpu, cuda or cuda:1."""
+    clip_skip: int = Field(0, ge=0, le=12)
+    """Text encoder layers to leave out at the end; 0 uses them all."""
+
+
+class DataSettings(Settings):
+    images: str | list[str] = ""
+    """Folder of pictures, or a list of pictures."""
+    trigger: str = ""
+    """The made-up word that calls the adapter, such as "sks"."""
+    class_word: str = ""
+    """What it is, such as "toy" or "dog"."""
+    kind: Literal["subject", "style"] = "subject"
+    """Whether the pictures show one subject or share one style."""
+    caption_template: str = ""
+    """Caption for pictures without a text file; empty takes the base model's own template."""
+    resolution: int = Field(0, ge=0, le=4096)
+    """Side of a square training picture in pixels; 0 takes the base model's own size."""
+    buckets: bool = True
+    """Train each picture near its own shape instead of cropping it square."""
+    repeats: int = Field(1, ge=1, le=1000)
+    """How often each picture comes in one pass."""
+    flip: bool = False
+    """Also train mirrored pictures. Not for faces, writing or anything with a left and a right."""
+    caption_dropout: float = Field(0.05, ge=0, le=1)
+    """Chance that a picture is shown without its caption, which strengthens guidance."""
+    shuffle_tags: bool = False
+    """Shuffle comma-separated tags of a caption each time it is shown."""
+    keep_tags: int = Field(1, ge=0, le=100)
+    """How many tags at the front stay in place when shuffling."""
+    held_out: int = Field(0, ge=0, le=1000)
+    """Pictures kept out of training to measure the loss; needs at least 8 pictures in all."""
+
+
+class PriorSettings(Settings):
+    weight: float = Field(0.0, ge=0, le=10)
+    """Keep the class as it was (prior preservation): weight of the class pictures in the loss; 0 switches it off."""
+    images: int = Field(32, ge=1, le=2000)
+    """How many class pictures to draw from the base model, once."""
+    prompt: str = ""
+    """What to draw; empty takes the base model's class prompt."""
+    steps: int = Field(0, ge=0, le=200)
+    """Sampling steps for each class picture; 0 takes the base model's own."""
+
+
+class Rule(Settings):
+    match: str
+    """Glob on the layer, such as "unet.*attn*" or "te1.*"."""
+    adapter: AnySpec
+    """The method and its settings for these layers."""
+
+
+class TargetSettings(Settings):
+    unet: str | list[str] = "attention+mlp"
+    """Layers of the UNet: none, attention, attention+mlp, all, or globs such as "unet.*.attn2.*"."""
+    text_encoder: str | list[str] = "none"
+    """Layers of the text encoders: none, attention, attention+mlp, or globs such as "te1.*"."""
+    rules: list[Rule] = []
+    """Other methods for some layers; the first match wins."""
+
+
+class TrainingSettings(Settings):
+    steps: int = Field(500, ge=1, le=1_000_000)
+    """Optimizer steps."""
+    batch: int = Field(1, ge=1, le=256)
+    """Pictures in one forward pass."""
+    accumulation: int = Field(1, ge=1, le=256)
+    """Forward passes summed into one step."""
+    learning_rate: float = Field(1e-4, gt=0, le=1)
+    """Learning rate of the UNet's adapters."""
+    text_learning_rate: float = Field(0.0, ge=0, le=1)
+    """Learning rate of the text encoders' adapters; 0 takes half the UNet's."""
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop"] = "adamw"
+    """Optimizer, from torch.optim."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Adam's averaging of the gradient and of its square."""
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    """Weight decay of the adapters."""
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls over the run."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises from zero."""
+    clip: float = Field(1.0, ge=0, le=1000)
+    """Largest norm of the gradient; 0 switches clipping off."""
+    min_snr_gamma: float = Field(5.0, ge=0, le=100)
+    """Min-SNR weighting of the timesteps; 0 switches it off."""
+    noise_offset: float = Field(0.0, ge=0, le=1)
+    """Brightness noise; about 0.03 helps with very dark or very bright pictures."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Moving average of the adapter that is saved in its place, such as 0.99; 0 switches it off."""
+    gradient_checkpointing: bool = False
+    """Less memory for about a third more time."""
+    compile: bool = False
+    """Compile the model's repeated blocks (CUDA; the first steps take minutes)."""
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+    """The same seed gives the same run on the same machine."""
+
+
+class OutputSettings(Settings):
+    name: str = ""
+    """The adapter's name; empty makes one from the trigger and the method."""
+    checkpoint_every: int = Field(0, ge=0, le=1_000_000)
+    """Steps between two checkpoints; 0 takes a fifth of the run."""
+    keep_checkpoints: int = Field(3, ge=1, le=1000)
+    """How many of the last checkpoints stay on disk."""
+    validate_every: int = Field(0, ge=0, le=1_000_000)
+    """Steps between two measurements of the loss with fixed noise; 0 takes a tenth of the run."""
+    sample_every: int = Field(0, ge=0, le=1_000_000)
+    """Steps between two preview pictures; 0 draws them at the start and the end."""
+    sample_prompts: list[str] = []
+    """Preview prompts with {trigger} and {class}; empty takes the base model's own."""
+    sample_seed: int = Field(0, ge=0, le=2**31 - 1)
+    """Seed of the preview pictures."""
+    file_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Number format of the finished file."""
+
+
+class TrainConfig(Settings):
+    """Everything a run needs. A run's config.toml is this, complete; it is itself a preset."""
+
+    schema_version: Literal[1] = SCHEMA
+    title: str = ""
+    """A preset's title."""
+    about: str = ""
+    """A preset's sentence."""
+    adapter: AnySpec = METHODS["lora"].spec()
+    """The method and its settings."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    prior: PriorSettings = PriorSettings()
+    targets: TargetSettings = TargetSettings()
+    training: TrainingSettings = TrainingSettings()
+    output: OutputSettings = OutputSettings()
+
+
+Partial = Mapping[str, Any]  # Any: nested settings as TOML gives them
+
+
+def settle(*layers: Partial) -> TrainConfig:
+    """One total config from partial ones, later ones winning. Raises UserError with the place of each mistake.
+
+    A layer that changes `adapter.method` starts that method's settings afresh.
+    """
+    total: dict[str, Any] = {}
+    for layer in layers:
+        total = _over(total, layer)
+    if isinstance(total.get("adapter"), Mapping):
+        total["adapter"] = {"method": "lora", **total["adapter"]}
+    try:
+        return TrainConfig.model_validate(total)
+    except ValidationError as error:
+        raise _told(error, total) from None
+
+
+def _over(base: dict[str, Any], layer: Partial) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in layer.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            changes_method = "method" in value and value["method"] != old.get("method", "lora")
+            merged[key] = dict(value) if key == "adapter" and changes_method else _over(dict(old), value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _told(error: ValidationError, given: Partial) -> UserError:
+    """pydantic's complaint in a person's words, with the place and, for unknown keys, the nearest known one."""
+    first = error.errors()[0]
+    words = [str(word) for word in first["loc"] if word not in METHODS or first["loc"][0] != "adapter"]
+    place = ".".join(words)
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(words[:-1], given)
+        close = difflib.get_close_matches(words[-1], known, 1, 0.5)
+        hint = f'Did you mean "{close[0]}"?' if close else f"Known here: {', '.join(known)}."
+        return UserError(f'{place}: there is no setting called "{words[-1]}".', do=hint, place=place)
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return UserError(
+            f"{place}.method: there is no such method.", do=f"Choose one of {', '.join(METHODS)}.", place=f"{place}.method"
+        )
+    context = first.get("ctx") or {}
+    words_for = {
+        "greater_than_equal": "must be at least {ge}",
+        "greater_than": "must be more than {gt}",
+        "less_than_equal": "must be at most {le}",
+        "less_than": "must be less than {lt}",
+        "int_parsing": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "int_type": "must be a whole number",
+        "float_parsing": "must be a number",
+        "float_type": "must be a number",
+        "bool_parsing": "must be true or false",
+        "bool_type": "must be true or false",
+        "literal_error": "must be one of {expected}",
+    }
+    template = words_for.get(first["type"])
+    message = template.format(**context) if template else first["msg"][0].lower() + first["msg"][1:]
+    value = first.get("input")
+    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""
+    return UserError(f"{place}: {message}{shown}.", place=place)
+
+
+def _known_keys(path: Sequence[str], given: Partial) -> list[str]:
+    """The settings that exist at a place."""
+    model: type[BaseModel] = TrainConfig
+    for word in path:
+        if word == "adapter":
+            adapter = given.get("adapter")
+            method = adapter.get("method", "lora") if isinstance(adapter, Mapping) else "lora"
+            model = METHODS[method].spec
+        elif word in model.model_fields:
+            annotation = model.model_fields[word].annotation
+            inner = next((a for a in get_args(annotation) if isinstance(a, type)), annotation)
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                model = inner
+    return list(model.model_fields)
+
+
+def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
+    """`["adapter.rank=8", "data.flip=true"]` -> nested overrides. Values are TOML; anything else is text."""
+    overrides: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f'"{assignment}" sets nothing.', do='Write it as key=value, such as "adapter.rank=8".')
+        try:
+            value = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        spot = overrides
+        *groups, last = key.strip().split(".")
+        for group in groups:
+            spot = spot.setdefault(group, {})
+        spot[last] = value
+    return overrides
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """The partial settings in a TOML file. Raises UserError when it is missing or not TOML."""
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"The settings file {file} cannot be read.", str(error.strerror), "Check the path.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file.name} is not a settings file.", f"It is not TOML: {error}.", "Mend or replace it.") from None
+
+
+def find_preset(name: str) -> dict[str, Any]:
+    """A preset by its name, or by the path of a .toml file."""
+    file = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
+    if not file.is_file():
+        known = sorted(preset.stem for preset in PRESETS.glob("*.toml"))
+        close = difflib.get_close_matches(name, known, 1, 0.4)
+        hint = f'Did you mean "{close[0]}"?' if close else f"There are: {', '.join(known)}."
+        raise UserError(f'There is no preset called "{name}".', do=hint)
+    return read_settings(file)
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The complete settings as TOML, every one with its help as a comment. Reads back to an equal config."""
+    document = tomlkit.document()
+    values = json.loads(config.model_dump_json())
+    for name in ("schema_version", "title", "about"):
+        document.add(name, tomlkit.item(values[name]))
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            document.add(tomlkit.nl())
+            document.add(name, _table(value, values[name]))
+    return tomlkit.dumps(document)
+
+
+def _table(settings: BaseModel, values: dict[str, Any]) -> Any:  # Any: tomlkit's table type is private
+    table = tomlkit.table()
+    for name, field in type(settings).model_fields.items():
+        if field.description:
+            table.add(tomlkit.comment(field.description))
+        table.add(name, tomlkit.item(values[name]))
+    return table
+
+
+def spec_of(method: str, **settings: Any) -> Spec:  # Any: each method's own fields
+    """A method's Spec from settings by name."""
+    return TypeAdapter(AnySpec).validate_python({"method": method, **settings})  # type: ignore[no-any-return]

@@ -1,0 +1,155 @@
+"""What a training run says while it works: frozen values, one JSON line each."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field, fields
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened. `time` is seconds since 1970."""
+
+    time: float = field(default_factory=time.time, kw_only=True)
+
+    def to_json(self) -> str:
+        """One line without a newline, with the event's name under "event"."""
+        return json.dumps({"event": type(self).__name__, **asdict(self)}, ensure_ascii=False)
+
+
+@dataclass(frozen=True)
+class Launched(Event):
+    """A worker process has begun; nothing is loaded yet."""
+
+    pid: int
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The model is loaded and the adapters are attached."""
+
+    method: str
+    steps: int
+    first_step: int
+    sites: int
+    parameters: int
+    file_bytes: int
+    device: str
+    precision: str
+    pictures: int
+    ranks: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared(Event):
+    """A part of the preparation moved on: `phase` is a plain word such as "class pictures" or "latents"."""
+
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """One optimizer step. `seconds` is this step alone; `learning_rates` by model part."""
+
+    step: int
+    loss: float
+    learning_rates: dict[str, float]
+    seconds: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """Loss with fixed noise; `held_out` says whether the pictures were kept out of training."""
+
+    step: int
+    loss: float
+    held_out: bool
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """A preview picture was drawn; `path` is relative to the run's folder. Step 0 is the base model."""
+
+    step: int
+    prompt: str
+    seed: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Ranked(Event):
+    """How many ranks are alive at each site now (AdaLoRA)."""
+
+    step: int
+    ranks: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint ("checkpoint") or the finished file ("adapter") was written; `path` is relative to the run."""
+
+    step: int
+    path: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something a person should know that does not end the run."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Paused(Event):
+    """The run saved its place and ended; it can be resumed."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The run was asked to stop, saved its adapter and ended; it can be resumed."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run ended with an error, told as UserError tells it."""
+
+    what: str
+    why: str = ""
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """All steps are done and the adapter is written."""
+
+    step: int
+    path: str
+    seconds: float
+
+
+_KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}
+
+
+def from_json(line: str) -> Event:
+    """The event in one line of events.jsonl. Raises ValueError for a torn or foreign line."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or row.get("event") not in _KINDS:
+        raise ValueError("not an event")
+    kind = _KINDS[row.pop("event")]
+    known = {f.name for f in fields(kind)}
+    try:
+        return kind(**{key: value for key, value in row.items() if key in known})
+    except TypeError as error:
+        raise ValueError(f"not a whole {kind.__name__} event") from error

@@ -1,0 +1,239 @@
+"""Adapters on a live model: one hook a module, strengths, and merging with the originals kept.
+
+A hook sums every adapter's fast path on the original x and the base's own y and adds once:
+y' = op(x, W) + b + Σ sⱼ·(op(x, Δⱼ(W)) + Δbⱼ).  A combination that no fast path serves falls back to delta.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reparam_diffusion.adapters.base import Adapter, Host
+from reparam_diffusion.maths.chance import Draw
+
+Parts = Mapping[str, nn.Module]
+"""A model's trainable parts by name: "unet", "te1", "te2". A site is "<part>.<module path>"."""
+
+
+@dataclass
+class Entry:
+    """One adapter at one module, with its strength as a 0-d tensor that compiled code reads anew."""
+
+    adapter: Adapter
+    strength: Tensor
+    on: bool = True
+
+
+class Hook:
+    """Stands in for one module's forward; the module's parameters and state_dict stay as they were."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.host = Host(module)
+        self.module = module
+        self.plain: Callable[..., Tensor] = module.forward
+        self.entries: list[Entry] = []
+        self.called = False
+
+    def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:  # Any: whatever the host's forward takes
+        live = [entry for entry in self.entries if entry.on]
+        if not live:
+            return self.plain(x, *rest, **named)
+        self.called = True
+        dense: list[Entry] = []
+        shifts: list[tuple[Entry, Tensor]] = []
+        after: list[Entry] = []
+        needs_output = any(entry.adapter.reads_output for entry in live)
+        for entry in live:
+            shift = None if needs_output or self.host.kind == "norm" else entry.adapter.shift(x, self.host)
+            if shift is not None:
+                shifts.append((entry, shift))
+            else:
+                after.append(entry)
+        entered = x
+        for entry, shift in shifts:
+            entered = torch.addcmul(entered, shift, entry.strength.to(shift.dtype))
+        y = self.plain(entered, *rest, **named)
+        total = y
+        for entry in after:
+            residual = entry.adapter.residual(x, y, self.host)
+            if residual is None:
+                dense.append(entry)
+            else:
+                total = torch.addcmul(total, residual, entry.strength.to(residual.dtype))
+        return self._with_dense(total, x, dense, live)
+
+    def _with_dense(self, total: Tensor, x: Tensor, dense: Sequence[Entry], live: Sequence[Entry]) -> Tensor:
+        """The exact fallback: one product with Σ s·Δ(W), and the biases' changes."""
+        host = self.host
+        if dense:
+            change = sum_of(entry.adapter.delta(host.weight) * entry.strength for entry in dense)
+            total = total + host.apply(x, change.to(x.dtype))
+        for entry in live:
+            added = entry.adapter.delta_bias(host.bias)
+            if added is not None:
+                channels = host.over_channels(added) if total.ndim > 2 or host.kind == "conv" else added
+                total = total + (channels * entry.strength).to(total.dtype)
+        return total
+
+
+def sum_of(tensors: Iterator[Tensor]) -> Tensor:
+    """The sum of at least one tensor."""
+    total = next(tensors)
+    for tensor in tensors:
+        total = total + tensor
+    return total
+
+
+class Injection:
+    """A set of adapters attached to a model. Leaving the context, or `remove`, takes them off again."""
+
+    def __init__(self, parts: Parts, adapters: Mapping[str, Adapter]) -> None:
+        self.adapters = dict(adapters)
+        self.parts = parts
+        self._hooks: dict[str, Hook] = {}
+        self._entries: dict[str, Entry] = {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trainable parameter, in the order of the sites."""
+        return [parameter for adapter in self.adapters.values() for parameter in adapter.parameters()]
+
+    def set_strength(self, strength: float, *, match: str = "*") -> None:
+        """Set the strength of the sites whose name fits the glob, such as "te1.*" or "unet.mid_block.*"."""
+        for site, entry in self._entries.items():
+            if fnmatch.fnmatchcase(site, match):
+                entry.strength.fill_(strength)
+                entry.on = strength != 0.0
+        reset_compiled()
+
+    def set_draw(self, draw: Draw | None) -> None:
+        """Say which training draw the next forward belongs to; None switches dropout off."""
+        for adapter in self.adapters.values():
+            adapter.draw = draw
+
+    def uncalled(self) -> list[str]:
+        """Sites that no forward has reached since attach."""
+        return [site for site, hook in self._hooks.items() if not hook.called]
+
+    def remove(self) -> None:
+        """Take the adapters off; the model's forwards are its own again when no other adapter is left."""
+        for site, hook in self._hooks.items():
+            entry = self._entries[site]
+            hook.entries = [other for other in hook.entries if other is not entry]
+            if not hook.entries:
+                _unhook(hook)
+        self._hooks.clear()
+        self._entries.clear()
+        reset_compiled()
+
+    def __enter__(self) -> Injection:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+_HOOK = "_adapter_hook"
+
+
+def attach(parts: Parts, adapters: Mapping[str, Adapter], *, strength: float = 1.0) -> Injection:
+    """Attach adapters to the modules their sites name. Raises KeyError for a site that the model lacks.
+
+    Adapters move to their host's device and stay fp32. A second attach extends the same hooks.
+    """
+    modules = {site: find_module(parts, site) for site in adapters}
+    injection = Injection(parts, adapters)
+    for site, adapter in adapters.items():
+        module = modules[site]
+        hook = module.__dict__.get(_HOOK)
+        if hook is None:
+            hook = Hook(module)
+            module.__dict__[_HOOK] = hook
+            module.__dict__["forward"] = hook.forward
+        device = hook.host.weight.device
+        adapter.site = site
+        adapter.to(device)
+        entry = Entry(adapter, torch.tensor(strength, device=device), on=strength != 0.0)
+        hook.entries.append(entry)
+        injection._hooks[site] = hook
+        injection._entries[site] = entry
+    reset_compiled()
+    return injection
+
+
+def _unhook(hook: Hook) -> None:
+    hook.module.__dict__.pop("forward", None)
+    hook.module.__dict__.pop(_HOOK, None)
+
+
+def find_module(parts: Parts, site: str) -> nn.Module:
+    """The module that a site names. Raises KeyError when there is none."""
+    part, _, path = site.partition(".")
+    try:
+        return parts[part].get_submodule(path)
+    except AttributeError as error:
+        raise KeyError(f"the model has no site {site}") from error
+
+
+def reset_compiled() -> None:
+    """Forget compiled code: torch sets no guards on hooks, so it would go on without what was just changed."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
+
+
+@contextmanager
+def merged(parts: Parts, weighted: Sequence[tuple[Mapping[str, Adapter], Callable[[str], float]]]) -> Iterator[None]:
+    """The model with W + Σ s·Δ(W) in its weights; `weighted` pairs adapters with a strength for each site.
+
+    Originals are kept and put back bit for bit, also when the body fails.
+    """
+    originals: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
+    try:
+        for site, changes in _by_site(weighted).items():
+            module = find_module(parts, site)
+            host = Host(module)
+            originals[site] = (module, host.weight.data, None if host.bias is None else host.bias.data)
+            _merge_site(host, changes)
+        yield
+    finally:
+        for module, weight, bias in originals.values():
+            module.weight.data = weight  # type: ignore[union-attr]  # a Host's weight is a Parameter
+            if bias is not None:
+                module.bias.data = bias  # type: ignore[union-attr]
+
+
+def _by_site(
+    weighted: Sequence[tuple[Mapping[str, Adapter], Callable[[str], float]]],
+) -> dict[str, list[tuple[Adapter, float]]]:
+    sites: dict[str, list[tuple[Adapter, float]]] = {}
+    for adapters, strength in weighted:
+        for site, adapter in adapters.items():
+            if strength(site) != 0.0:
+                sites.setdefault(site, []).append((adapter, strength(site)))
+    return sites
+
+
+@torch.no_grad()
+def _merge_site(host: Host, changes: Sequence[tuple[Adapter, float]]) -> None:
+    """Put a new weight tensor in; the old one stays untouched in the caller's hands."""
+    weight, bias = host.weight.data, None if host.bias is None else host.bias.data
+    for adapter, _ in changes:
+        adapter.to(weight.device)
+    change = sum_of(adapter.delta(weight) * strength for adapter, strength in changes)
+    host.weight.data = (weight.float() + change).to(weight.dtype)
+    if host.bias is not None and bias is not None:
+        for adapter, strength in changes:
+            added = adapter.delta_bias(bias)
+            if added is not None:
+                host.bias.data = (host.bias.data.float() + strength * added).to(bias.dtype)

@@ -1,0 +1,47 @@
+"""Cayley: R = (I + Q)(I − Q)⁻¹ with Q = −Qᵀ is orthogonal.  Cayley 1846; as used in OFT, Qiu et al. 2023, arXiv:2306.07280."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """Orthogonal (…, b, b) from skew-symmetric (…, b, b), exact, in at least fp32.
+
+    R = (I + Q)(I − Q)⁻¹ = (I − Q)⁻¹(I + Q), since both factors are polynomials in Q.
+    """
+    wide = skew if skew.dtype == torch.float64 else skew.float()
+    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
+    solved: Tensor = torch.linalg.solve(eye - wide, eye + wide)
+    return solved
+
+
+def skew_from_triangle(upper: Tensor, size: int) -> Tensor:
+    """(…, b(b−1)/2) row-major upper triangle -> (…, b, b) with Q = U − Uᵀ."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device)
+    whole = upper.new_zeros(*upper.shape[:-1], size, size)
+    whole[..., rows, columns] = upper
+    return whole - whole.transpose(-1, -2)
+
+
+def triangle_from_skew(skew: Tensor) -> Tensor:
+    """(…, b, b) -> (…, b(b−1)/2), the row-major upper triangle."""
+    size = skew.shape[-1]
+    rows, columns = torch.triu_indices(size, size, 1, device=skew.device)
+    return skew[..., rows, columns]
+
+
+def clipped(skew: Tensor, limit: float) -> Tensor:
+    """Q scaled so that its norm over the whole tensor is at most `limit` (LyCORIS's constraint, alpha · out)."""
+    if limit <= 0:
+        return skew
+    norm = skew.norm()
+    return torch.where(norm > limit, skew * (limit / norm.clamp_min(1e-30)), skew)
+
+
+def rotate_blocks(blocks: Tensor, x: Tensor) -> Tensor:
+    """Blockwise product on the last axis: y[…, n, i] = Σⱼ blocks[n, i, j] x[…, n, j]; x is (…, num·b)."""
+    num, size, _ = blocks.shape
+    parts = x.reshape(-1, num, size).transpose(0, 1)  # (num, rows, b)
+    return torch.bmm(parts, blocks.transpose(1, 2)).transpose(0, 1).reshape(x.shape)

@@ -1,0 +1,165 @@
+"""Which modules of a model carry adapters: named sets, globs, and rules for several methods in one run."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from reparam_diffusion.adapters.base import METHODS, Adapter, Plan, Spec, shape_size
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.inject import Parts
+from reparam_diffusion.maths.chance import generator
+
+UNET_SETS = ("attention", "attention+mlp", "all")
+TEXT_SETS = ("none", "attention", "attention+mlp")
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site of a run: its method, its plan, and the weight it sits on."""
+
+    site: str
+    method: str
+    plan: Plan
+    shape: tuple[int, ...]
+    groups: int
+
+
+def can_carry(module: nn.Module) -> bool:
+    """Whether adapters train on this module."""
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def sites_of(part: str, model: nn.Module, targets: str | Sequence[str], *, last_layer: int | None = None) -> list[str]:
+    """The sites of one model part that `targets` names: a set's name, or globs on the site ("unet.*.attn2.*").
+
+    `last_layer` leaves out text encoder layers after it, which clip skip never uses.
+    """
+    found = []
+    inside = _inside_transformers(model)
+    for path, module in model.named_modules():
+        if not can_carry(module) or path.endswith("text_projection"):
+            continue
+        if last_layer is not None and _layer_number(path) > last_layer:
+            continue
+        site = f"{part}.{path}"
+        if isinstance(targets, str) and targets in UNET_SETS + TEXT_SETS:
+            wanted = _in_set(path, module, targets, path in inside or part != "unet")
+        else:
+            globs = [targets] if isinstance(targets, str) else targets
+            wanted = any(fnmatch.fnmatchcase(site, glob) for glob in globs)
+        if wanted:
+            found.append(site)
+    return found
+
+
+def _inside_transformers(model: nn.Module) -> set[str]:
+    """Paths of modules inside a diffusers Transformer2DModel."""
+    inside = set()
+    for path, module in model.named_modules():
+        if type(module).__name__ == "Transformer2DModel":
+            inside |= {f"{path}.{inner}" for inner, _ in module.named_modules()}
+    return inside
+
+
+def _in_set(path: str, module: nn.Module, name: str, is_transformer: bool) -> bool:
+    if name == "none":
+        return False
+    if name == "all":
+        return True
+    if name == "attention":
+        return is_transformer and path.endswith(_ATTENTION)
+    pointwise = isinstance(module, nn.Linear) or module.kernel_size == (1, 1)
+    return is_transformer and pointwise
+
+
+def _layer_number(path: str) -> int:
+    """The N in "…layers.N.…", or -1 outside the layers."""
+    words = path.split(".")
+    if "layers" in words[:-1]:
+        return int(words[words.index("layers") + 1])
+    return -1
+
+
+def plan_sites(
+    parts: Parts,
+    targets: Mapping[str, str | Sequence[str]],
+    spec: Spec,
+    rules: Sequence[tuple[str, Spec]] = (),
+    *,
+    last_layers: Mapping[str, int] | None = None,
+) -> list[SitePlan]:
+    """What every targeted site gets. `rules` are (glob, Spec): the first match wins, `spec` takes the rest.
+
+    Raises UserError when nothing matches or a rule matches nothing.
+    """
+    last_layers = last_layers or {}
+    sites: list[SitePlan] = []
+    used = set()
+    for part, wanted in targets.items():
+        for site in sites_of(part, parts[part], wanted, last_layer=last_layers.get(part)):
+            module = parts[part].get_submodule(site.partition(".")[2])
+            chosen = spec
+            for number, (glob, other) in enumerate(rules):
+                if fnmatch.fnmatchcase(site, glob):
+                    chosen = other
+                    used.add(number)
+                    break
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            groups = module.groups if isinstance(module, nn.Conv2d) else 1
+            plan = METHODS[chosen.method].plan(chosen, tuple(weight.shape), groups)
+            sites.append(SitePlan(site, chosen.method, plan, tuple(weight.shape), groups))
+    if not sites:
+        raise UserError("No layer of the model matches the targets.", _nearest(parts, targets), "Try attention+mlp.")
+    for number, (glob, _) in enumerate(rules):
+        if number not in used:
+            raise UserError(
+                f'The rule "{glob}" matches no targeted layer.',
+                "Rules only choose among the layers that the targets name.",
+                "Mend the rule, or widen the targets.",
+                place="targets.rules",
+            )
+    return sites
+
+
+def _nearest(parts: Parts, targets: Mapping[str, str | Sequence[str]]) -> str:
+    asked = next((str(value) for value in targets.values() if value != "none"), "none")
+    names = [f"{part}.{path}" for part, model in parts.items() for path, m in model.named_modules() if can_carry(m)]
+    close = difflib.get_close_matches(asked, names, 1, 0.0)
+    return f'"{asked}" was asked for; the nearest layer is called "{close[0]}".' if close else ""
+
+
+def build_adapters(parts: Parts, sites: Sequence[SitePlan], *, seed: int) -> dict[str, Adapter]:
+    """Fresh adapters for planned sites, each from its own generator, so that one site's draw never moves another's."""
+    built = {}
+    for planned in sites:
+        part, _, path = planned.site.partition(".")
+        weight = parts[part].get_submodule(path).weight
+        assert isinstance(weight, torch.Tensor)
+        chance = generator(seed, "init", planned.site)
+        built[planned.site] = METHODS[planned.method].build(planned.plan, weight.detach().cpu(), planned.groups, chance)
+    return built
+
+
+def count_parameters(sites: Sequence[SitePlan]) -> int:
+    """Trainable numbers of planned sites, without building on the real weights."""
+    total = 0
+    for planned in sites:
+        with torch.device("meta"):
+            shape_only = METHODS[planned.method].adapter(planned.shape, planned.plan)
+        total += sum(parameter.numel() for parameter in shape_only.parameters())
+        if getattr(planned.plan, "weight_decompose", False):
+            total += planned.shape[0]
+    return total
+
+
+def file_bytes(sites: Sequence[SitePlan]) -> int:
+    """The file's size in fp16 before it exists; the header and alphas add about 200 bytes a site."""
+    return 2 * count_parameters(sites) + 200 * len(sites) + shape_size((4096,))
