@@ -20,10 +20,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Launched(Event):
-    """A worker process has begun; nothing is loaded yet."""
+    """A run has begun in `folder`; nothing is loaded yet."""
 
     pid: int
-    device: str = ""
+    folder: str
 
 
 @dataclass(frozen=True)
