@@ -1,4 +1,4 @@
-"""Settings: partial presets and overrides settle into one total, frozen TrainConfig, written as a commented config.toml.
+"""Settings: partial presets and overrides settle into one total, frozen TrainConfig, written as config.toml.
 
 Every default, bound and help text lives in the models here and in the methods' Specs; the form, the command line,
 the presets and the docs are read off them.
@@ -118,7 +118,9 @@ class TrainingSettings(Settings):
     """Adam's averaging of the gradient and of its square."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay of the adapters."""
-    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"] = (
+        "cosine"
+    )
     """How the learning rate falls over the run."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises from zero."""
@@ -218,7 +220,9 @@ def _told(error: ValidationError, given: Partial) -> UserError:
         return UserError(f'{place}: there is no setting called "{words[-1]}".', do=hint, place=place)
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return UserError(
-            f"{place}.method: there is no such method.", do=f"Choose one of {', '.join(METHODS)}.", place=f"{place}.method"
+            f"{place}.method: there is no such method.",
+            do=f"Choose one of {', '.join(METHODS)}.",
+            place=f"{place}.method",
         )
     context = first.get("ctx") or {}
     words_for = {
@@ -284,7 +288,9 @@ def read_settings(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"The settings file {file} cannot be read.", str(error.strerror), "Check the path.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file.name} is not a settings file.", f"It is not TOML: {error}.", "Mend or replace it.") from None
+        raise UserError(
+            f"{file.name} is not a settings file.", f"It is not TOML: {error}.", "Mend or replace it."
+        ) from None
 
 
 def find_preset(name: str) -> dict[str, Any]:

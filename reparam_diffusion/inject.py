@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reparam_diffusion.adapters.base import Adapter, Host
+from reparam_diffusion.adapters.base import Adapter, Host, at_least_float
 from reparam_diffusion.maths.chance import Draw
 
 Parts = Mapping[str, nn.Module]
@@ -31,6 +31,7 @@ class Entry:
     adapter: Adapter
     strength: Tensor
     on: bool = True
+    called: bool = False
 
 
 class Hook:
@@ -40,14 +41,15 @@ class Hook:
         self.host = Host(module)
         self.module = module
         self.plain: Callable[..., Tensor] = module.forward
+        self.had_own_forward = "forward" in module.__dict__  # another program's wrapper, to be put back
         self.entries: list[Entry] = []
-        self.called = False
 
     def forward(self, x: Tensor, *rest: Any, **named: Any) -> Tensor:  # Any: whatever the host's forward takes
         live = [entry for entry in self.entries if entry.on]
         if not live:
             return self.plain(x, *rest, **named)
-        self.called = True
+        for entry in live:
+            entry.called = True
         dense: list[Entry] = []
         shifts: list[tuple[Entry, Tensor]] = []
         after: list[Entry] = []
@@ -80,8 +82,7 @@ class Hook:
         for entry in live:
             added = entry.adapter.delta_bias(host.bias)
             if added is not None:
-                channels = host.over_channels(added) if total.ndim > 2 or host.kind == "conv" else added
-                total = total + (channels * entry.strength).to(total.dtype)
+                total = total + (host.over_channels(added, total) * entry.strength).to(total.dtype)
         return total
 
 
@@ -121,7 +122,7 @@ class Injection:
 
     def uncalled(self) -> list[str]:
         """Sites that no forward has reached since attach."""
-        return [site for site, hook in self._hooks.items() if not hook.called]
+        return [site for site, entry in self._entries.items() if not entry.called]
 
     def remove(self) -> None:
         """Take the adapters off; the model's forwards are its own again when no other adapter is left."""
@@ -172,8 +173,9 @@ def attach(parts: Parts, adapters: Mapping[str, Adapter], *, strength: float = 1
 
 
 def _unhook(hook: Hook) -> None:
-    hook.module.__dict__.pop("forward", None)
-    hook.module.__dict__.pop(_HOOK, None)
+    del hook.module.__dict__["forward"], hook.module.__dict__[_HOOK]
+    if hook.had_own_forward:
+        hook.module.__dict__["forward"] = hook.plain
 
 
 def find_module(parts: Parts, site: str) -> nn.Module:
@@ -231,9 +233,12 @@ def _merge_site(host: Host, changes: Sequence[tuple[Adapter, float]]) -> None:
     for adapter, _ in changes:
         adapter.to(weight.device)
     change = sum_of(adapter.delta(weight) * strength for adapter, strength in changes)
-    host.weight.data = (weight.float() + change).to(weight.dtype)
-    if host.bias is not None and bias is not None:
-        for adapter, strength in changes:
-            added = adapter.delta_bias(bias)
-            if added is not None:
-                host.bias.data = (host.bias.data.float() + strength * added).to(bias.dtype)
+    host.weight.data = (at_least_float(weight) + change).to(weight.dtype)
+    if bias is None or host.bias is None:
+        return
+    moved = at_least_float(bias)
+    for adapter, strength in changes:
+        added = adapter.delta_bias(bias)
+        if added is not None:
+            moved = moved + strength * added
+    host.bias.data = moved.to(bias.dtype)

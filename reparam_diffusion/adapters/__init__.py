@@ -2,6 +2,7 @@
 
 # isort: off
 from reparam_diffusion.adapters import lora, loha, lokr, oft, adalora  # noqa: F401  (importing registers them)
+
 # isort: on
 from reparam_diffusion.adapters.base import METHODS, Adapter, Host, Method, Plan, Spec
 

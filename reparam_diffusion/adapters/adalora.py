@@ -192,14 +192,13 @@ def allocate(adapters: Sequence[Adapter], step: int, total: int) -> None:
         _smooth([s for s in sites if getattr(s, name).grad is not None], name, plan)
     end = total - round(plan.t_final * total)
     interval = plan.interval or max(total // 100, 1)
-    if step < end and step > round(plan.t_init * total) and step % interval == 0 or step == end:
+    if (step < end and step > round(plan.t_init * total) and step % interval == 0) or step == end:
         first = float(sum(site.plan.rank for site in sites))
-        last = float(min(first, plan.target_rank * len(sites)))
+        last = float(sum(min(site.plan.rank, site.plan.target_rank) for site in sites))
         _keep_best(sites, round(budget(step, total, plan, first=first, last=last)))
     elif step > end:
         for site in sites:
             site.values.data *= site.alive
-        return
 
 
 def _smooth(sites: Sequence[Adalora], name: str, plan: AdaloraPlan) -> None:
@@ -224,7 +223,7 @@ def _importance(site: Adalora) -> Tensor:
 
 
 def _keep_best(sites: Sequence[Adalora], count: int) -> None:
-    """One global top-k over the triplets of all sites; Λ of the others becomes zero, and may grow back until t_final."""
+    """One global top-k over the triplets of all sites; Λ of the others becomes 0, and may grow back until t_final."""
     scores = torch.cat([_importance(site) for site in sites])
     kept = torch.zeros_like(scores, dtype=torch.bool)
     kept[scores.topk(min(count, scores.numel())).indices] = True

@@ -88,9 +88,13 @@ class Host:
         """The host's output before its bias was added."""
         return y if self.bias is None else y - self.over_channels(self.bias)
 
-    def over_channels(self, vector: Tensor) -> Tensor:
-        """A vector per output channel, shaped to broadcast over the output."""
-        return vector[:, None, None] if self.kind == "conv" else vector
+    def over_channels(self, vector: Tensor, y: Tensor | None = None) -> Tensor:
+        """A vector per output channel, shaped to broadcast over the output y (of pictures unless given)."""
+        if self.kind == "conv":
+            return vector[:, None, None]
+        if isinstance(self.module, nn.GroupNorm):
+            return vector.reshape(-1, *[1] * (2 if y is None else y.ndim - 2))
+        return vector
 
     def rows(self, y: Tensor) -> int:
         """How many rows the host's product has for this output: tokens, or output pixels."""
@@ -108,8 +112,8 @@ class Host:
 class Adapter(nn.Module):
     """The parameters of one site and what they do to its weight.
 
-    A subclass gives `update` (ΔW without weight decomposition), and where it is cheaper than a dense product, `residual`
-    or `shift`. Everything public is exact and equal to the host's operation with `delta`.
+    A subclass gives `update` (ΔW without weight decomposition), and where it is cheaper than a dense product, `quick` or
+    `shift`. Everything public is exact and equal to the host's operation with `delta`.
     """
 
     name: ClassVar[str]
@@ -124,12 +128,12 @@ class Adapter(nn.Module):
 
     # --- the law -----------------------------------------------------------------------------------------------------
     def update(self, weight: Tensor) -> Tensor:
-        """ΔW before weight decomposition, in fp32 and the weight's shape."""
+        """ΔW before weight decomposition, in the dtype and shape of `weight`."""
         raise TypeError(f"{type(self).__name__} has no update")
 
     def delta(self, weight: Tensor) -> Tensor:
         """ΔW, exact, in the weight's shape and at least fp32. `weight` is the untouched base weight."""
-        wide = weight if weight.dtype == torch.float64 else weight.float()
+        wide = at_least_float(weight)
         if self.magnitude is None:
             return self.update(wide)
         whole = wide + self.update(wide)
@@ -139,24 +143,25 @@ class Adapter(nn.Module):
         """What is added to the host's bias; None where the format has none."""
         return None
 
-    # --- the fast path -------------------------------------------------------------------------------------------------
+    # --- the fast path -----------------------------------------------------------------------------------------------
     @property
     def reads_output(self) -> bool:
         """Whether `residual` needs the base's own output y."""
         return self.magnitude is not None
 
     def residual(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
-        """What to add to the host's output for the original x and the base's own y (bias included); None: use delta."""
+        """What to add to the host's output for the original x and the base's y (bias included); None: use delta."""
         if host.kind == "norm" or not self.is_cheap(host, host.rows(y)):
             return None
         if self.magnitude is None:
             return self.quick(x, y, host)
-        if self.magnitude.shape[0] == 1 and self.shape[0] != 1:
+        if self.magnitude.numel() != self.shape[0] or self.magnitude.shape[0] != self.shape[0]:
             return None  # the input axis scales x, not y
         added = self.quick(x, y, host)
         if added is None:
             return None
-        whole = host.weight.float() + self.update(host.weight.float())
+        wide = at_least_float(host.weight)
+        whole = wide + self.update(wide)
         gain = (self.magnitude / norm_over(whole, self.magnitude.shape)).flatten().to(y.dtype)
         gain = host.over_channels(gain)
         return (gain - 1) * host.without_bias(y) + gain * added
@@ -173,7 +178,7 @@ class Adapter(nn.Module):
         """What to add to the host's input instead of a residual; None for methods that act on the output."""
         return None
 
-    # --- files -----------------------------------------------------------------------------------------------------------
+    # --- files -------------------------------------------------------------------------------------------------------
     def tensors(self) -> dict[str, Tensor]:
         """Leaf name -> tensor, in LyCORIS's names and shapes, detached, fp32."""
         raise TypeError(f"{type(self).__name__} is not written to files")
@@ -196,13 +201,13 @@ class Adapter(nn.Module):
         rank = getattr(self.plan, "rank", None)
         return rank if isinstance(rank, int) else None
 
-    # --- helpers for subclasses ------------------------------------------------------------------------------------------
+    # --- helpers for subclasses --------------------------------------------------------------------------------------
     def decompose(self, weight: Tensor, axis: Literal["output", "input"] = "output") -> None:
         """Start DoRA from the base weight's own norms, so that ΔW begins at zero."""
         shape = [1] * weight.ndim
         keep = 0 if axis == "output" else 1
         shape[keep] = weight.shape[keep]
-        self.magnitude = nn.Parameter(norm_over(weight.detach().float(), torch.Size(shape)))
+        self.magnitude = nn.Parameter(norm_over(weight.detach().float(), shape))
 
     def written(self, **leaves: Tensor | float) -> dict[str, Tensor]:
         """Leaves for a file: underscores as given, dora_scale added."""
@@ -228,7 +233,12 @@ class Adapter(nn.Module):
         self.magnitude = nn.Parameter(scale)
 
 
-def norm_over(weight: Tensor, shape: torch.Size) -> Tensor:
+def at_least_float(tensor: Tensor) -> Tensor:
+    """The tensor in fp32, or as it is in fp64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def norm_over(weight: Tensor, shape: Sequence[int]) -> Tensor:
     """The norm of `weight` over every axis where `shape` is 1, kept as axes; LyCORIS adds eps, so do we."""
     axes = [axis for axis, size in enumerate(shape) if size == 1]
     if not axes:  # a weight with one value per output channel

@@ -102,7 +102,9 @@ class Loha(Adapter):
         for half in (1, 2):
             up, down = tensors[f"hada_w{half}_a"].detach().float(), tensors[f"hada_w{half}_b"].detach().float()
             core = tensors.get(f"hada_t{half}")
-            if core is not None:  # Tucker: Σ t[i, j] a[i, out] b[j, in]: the core folded into down, `a` stored as (r, out)
+            if (
+                core is not None
+            ):  # Tucker: Σ t[i, j] a[i, out] b[j, in]: the core folded into down, `a` stored as (r, out)
                 down = torch.einsum("ijkl,jn->inkl", core.detach().float(), as_matrix(down))
                 up = as_matrix(up).T
             if as_matrix(up).shape != (adapter.shape[0], rank):

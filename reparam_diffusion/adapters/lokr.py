@@ -1,4 +1,4 @@
-"""LoKr: ΔW = (α/r) C ⊗ M.  Yeh et al. 2023 (LyCORIS), arXiv:2309.14859, sec. 3.2; Edalati et al. 2022, arXiv:2212.10650."""
+"""LoKr: ΔW = (α/r) C ⊗ M.  Yeh et al. 2023, arXiv:2309.14859, sec. 3.2; Edalati et al. 2022, arXiv:2212.10650."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ class LokrPlan(Plan):
 
 
 class Lokr(Adapter):
-    """`small` (l, m) or `small_up` (l, r) @ `small_down` (r, m); `large` (k, n, *kernel) or `large_up` (k, r), `large_down` (r, n, *kernel)."""
+    """C is `small` (l, m), or `small_up` (l, r) @ `small_down` (r, m).
+
+    M is `large` (k, n, *kernel), or `large_up` (k, r) @ `large_down` (r, n, *kernel).
+    """
 
     name = "lokr"
     plan: LokrPlan
@@ -118,7 +121,7 @@ class Lokr(Adapter):
         return nn.functional.linear(h, self.large_up.to(parts.dtype))
 
     def _conv(self, x: Tensor, small: Tensor, host: Host) -> Tensor:
-        (l, m), batch = small.shape, x.shape[0]
+        m, batch = small.shape[1], x.shape[0]
         n = self.shape[1] // m
         parts = x.reshape(batch * m, n, *x.shape[2:])
         if self.plan.rank_large:
@@ -233,8 +236,6 @@ register(
         adapter=Lokr,
         plan=plan_lokr,
         build=build_lokr,
-        recognises=lambda leaves: bool(
-            leaves & {"lokr_w1", "lokr_w1_a"} and leaves & {"lokr_w2", "lokr_w2_a"}
-        ),
+        recognises=lambda leaves: bool(leaves & {"lokr_w1", "lokr_w1_a"} and leaves & {"lokr_w2", "lokr_w2_a"}),
     )
 )

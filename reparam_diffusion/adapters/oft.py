@@ -1,6 +1,6 @@
-"""OFT: W' = blockdiag(R)ᵀ W (outputs) or W blockdiag(R)ᵀ (inputs), R by Cayley.  Qiu et al. 2023, arXiv:2306.07280, eq. 5.
+"""OFT: W' = blockdiag(R)ᵀ W (outputs) or W blockdiag(R)ᵀ (inputs), R orthogonal.  Qiu et al. 2023, arXiv:2306.07280.
 
-Outputs is LyCORIS's diag-oft: Q = B − Bᵀ, R = (I + Q)(I − Q)⁻¹, and R's first index meets W's rows, hence the transpose.
+Outputs is LyCORIS's diag-oft: Q = B − Bᵀ, R = (I + Q)(I − Q)⁻¹; R's first index meets W's rows, hence the transpose.
 Inputs is the paper's and PEFT's: R = (I − Q)(I + Q)⁻¹, which keeps the angles between neurons (rows of W).
 """
 
@@ -116,7 +116,7 @@ class Oft(Adapter):
         return host.channels_back(rotate_blocks(self.turn().to(x.dtype), host.channels_last(x)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Outputs: LyCORIS's oft_blocks, the limit folded in. Inputs: PEFT's oft_R (Linear and 1x1), or ours for kernels."""
+        """Outputs: LyCORIS's oft_blocks, limit folded in. Inputs: PEFT's oft_R (Linear, 1x1), or ours."""
         skew = self.skew()
         if self.plan.side == "input":
             spatial = len(self.shape) > 2 and self.shape[2] * self.shape[3] > 1
@@ -156,7 +156,7 @@ class Oft(Adapter):
 
 
 def plan_oft(spec: OftSpec, shape: Shape, groups: int) -> OftPlan:
-    """Blocks that divide the side evenly. On the outputs LyCORIS's rule keeps the block size at or under their number."""
+    """Blocks that divide the side evenly; on the outputs, LyCORIS's rule: their size is at most their number."""
     if spec.side == "output":
         size, blocks = factorization(shape[0], spec.block_size)
         limit = spec.constraint * shape[0]
@@ -182,7 +182,6 @@ register(
         adapter=Oft,
         plan=plan_oft,
         build=build_oft,
-        recognises=lambda leaves: "oft_blocks" in leaves
-        or bool(leaves & {"oft_R.weight", "oft_R_channels.weight"}),
+        recognises=lambda leaves: "oft_blocks" in leaves or bool(leaves & {"oft_R.weight", "oft_R_channels.weight"}),
     )
 )

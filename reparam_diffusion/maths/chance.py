@@ -29,7 +29,6 @@ class Draw:
     def keep_mask(self, site: str, purpose: str, shape: tuple[int, ...], *, drop: float) -> torch.Tensor:
         """(samples, *shape) of 0 and 1/(1 - drop): a dropout mask that recomputation draws again unchanged."""
         rows = [
-            torch.rand(shape, generator=generator(self.seed, self.step, index, site, purpose))
-            for index in self.indices
+            torch.rand(shape, generator=generator(self.seed, self.step, index, site, purpose)) for index in self.indices
         ]
         return (torch.stack(rows) >= drop).float() / (1.0 - drop)

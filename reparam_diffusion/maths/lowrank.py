@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`up` (out, r) and `down` (r, in) with up @ down the nearest rank-r matrix; the singular values are shared evenly."""
+    """`up` (out, r) and `down` (r, in) with up @ down the nearest rank-r matrix, singular values shared."""
     left, values, right = torch.linalg.svd(matrix.float(), full_matrices=False)
     root = values[:rank].sqrt()
     return left[:, :rank] * root, root[:, None] * right[:rank]

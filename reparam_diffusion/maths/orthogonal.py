@@ -1,4 +1,4 @@
-"""Cayley: R = (I + Q)(I − Q)⁻¹ with Q = −Qᵀ is orthogonal.  Cayley 1846; as used in OFT, Qiu et al. 2023, arXiv:2306.07280."""
+"""Cayley: R = (I + Q)(I − Q)⁻¹ with Q = −Qᵀ is orthogonal.  Cayley 1846; in OFT, Qiu et al. 2023."""
 
 from __future__ import annotations
 

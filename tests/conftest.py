@@ -1,0 +1,45 @@
+"""What all tests share: repeatable draws, one thread, and the starter model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Every run draws the same examples, so that a red build is red for everybody. `--hypothesis-profile=explore` draws anew.
+SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=25, suppress_health_check=SLOW)
+settings.register_profile("explore", deadline=None, max_examples=300, suppress_health_check=SLOW)
+settings.load_profile("same")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors are faster on one thread, and sums come out the same everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def starter_unet() -> nn.Module:
+    """The bundled UNet, frozen, fp32. Tests leave it as they found it."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(ROOT / "assets" / "starter-model" / "unet")
+    return unet.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def starter_text_encoder() -> nn.Module:
+    """The bundled text encoder, frozen, fp32. Tests leave it as they found it."""
+    from transformers import CLIPTextModel
+
+    model = CLIPTextModel.from_pretrained(ROOT / "assets" / "starter-model" / "text_encoder")
+    return model.requires_grad_(False).eval()
