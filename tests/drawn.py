@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from reparam_diffusion.adapters import METHODS, Adapter, Host, Spec
+from reparam_diffusion.adapters import METHODS, Adapter, Spec
 
 NUMBERS = (0.0, 0.02, 0.25, 0.5, 0.9, 3.0, 10.0)
 STRENGTHS = (1.0, 0.5, -0.25, 1.75)  # exact in every float
@@ -137,6 +137,3 @@ def fill(adapter: Adapter, chance: torch.Generator) -> None:
         adapter.magnitude.data.abs_().add_(0.2)
 
 
-def host_of(module: nn.Module) -> Host:
-    """The host of a plain module."""
-    return Host(module)

@@ -101,8 +101,8 @@ class Oft(Adapter):
 
     def quick(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
         """Rᵀ(W x) = (RᵀW) x: the rotation of the host's own output."""
-        if self.plan.side != "output":
-            return None
+        if self.plan.side != "output" or self.shape[0] // host.groups % self.plan.block_size:
+            return None  # a block that spans two groups mixes rows of W that see different channels
         before = host.channels_last(host.without_bias(y))
         added = rotate_blocks(self.turn().to(y.dtype), before)
         if self.rescale is not None:
@@ -158,7 +158,8 @@ class Oft(Adapter):
 def plan_oft(spec: OftSpec, shape: Shape, groups: int) -> OftPlan:
     """Blocks that divide the side evenly; on the outputs, LyCORIS's rule: their size is at most their number."""
     if spec.side == "output":
-        size, blocks = factorization(shape[0], spec.block_size)
+        size, blocks = factorization(shape[0] // groups, spec.block_size)
+        blocks *= groups
         limit = spec.constraint * shape[0]
     else:
         size = largest_divisor(shape[1], spec.block_size)
