@@ -1,0 +1,1 @@
+"""Pictures, captions and what is drawn from them."""
