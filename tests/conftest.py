@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Every run draws the same examples, so that a red build is red for everybody. `--hypothesis-profile=explore` draws anew.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
-settings.register_profile("same", derandomize=True, deadline=None, max_examples=25, suppress_health_check=SLOW)
+settings.register_profile("same", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
 settings.register_profile("explore", deadline=None, max_examples=300, suppress_health_check=SLOW)
 settings.load_profile("same")
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from reparam_diffusion.adapters.base import Adapter, Host, Method, Plan, Shape, Spec, alpha_of, register
 from reparam_diffusion.maths.kronecker import factorization, largest_divisor
 from reparam_diffusion.maths.orthogonal import (
-    cayley,
+    cayley_turn,
     clipped,
     rotate_blocks,
     skew_from_triangle,
@@ -74,8 +74,7 @@ class Oft(Adapter):
         R = (I − Q)(I + Q)⁻¹, so Rᵀ = cayley(Q).
         """
         skew = self.skew()
-        rotation = cayley(-skew if self.plan.side == "output" else skew)
-        return rotation - torch.eye(rotation.shape[-1], device=rotation.device, dtype=rotation.dtype)
+        return cayley_turn(-skew if self.plan.side == "output" else skew)
 
     def update(self, weight: Tensor) -> Tensor:
         turn = self.turn().to(weight.dtype)

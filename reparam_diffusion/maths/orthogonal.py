@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """Orthogonal (…, b, b) from skew-symmetric (…, b, b), exact, in at least fp32.
+    """Orthogonal (…, b, b) from skew-symmetric (…, b, b), exact, in at least fp32: R = (I + Q)(I − Q)⁻¹."""
+    turn = cayley_turn(skew)
+    return turn + torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
 
-    R = (I + Q)(I − Q)⁻¹ = (I − Q)⁻¹(I + Q), since both factors are polynomials in Q.
-    """
-    wide = skew if skew.dtype == torch.float64 else skew.float()
-    eye = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-    solved: Tensor = torch.linalg.solve(eye - wide, eye + wide)
-    return solved
+
+def cayley_turn(skew: Tensor) -> Tensor:
+    """R − I = 2 Q (I − Q)⁻¹, in at least fp32. Small rotations keep their digits, which R minus I would lose."""
+    turn: Tensor = _CayleyTurn.apply(skew if skew.dtype == torch.float64 else skew.float())  # type: ignore[no-untyped-call]
+    return turn
+
+
+class _CayleyTurn(torch.autograd.Function):
+    """T = 2 Q A with A = (I − Q)⁻¹ = I + T/2, so dT = 2 A dQ A needs no second inverse."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, skew: Tensor) -> Tensor:
+        eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+        turn: Tensor = 2 * skew @ torch.linalg.inv(eye - skew)
+        ctx.save_for_backward(turn)
+        return turn
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # Any: torch gives ctx its saved_tensors at run time
+        (turn,) = ctx.saved_tensors
+        outer = (turn / 2).mT
+        outer = outer + torch.eye(outer.shape[-1], dtype=outer.dtype, device=outer.device)
+        return 2 * outer @ gradient @ outer
 
 
 def skew_from_triangle(upper: Tensor, size: int) -> Tensor:
