@@ -70,8 +70,8 @@ class DataSettings(Settings):
     """Shuffle comma-separated tags of a caption each time it is shown."""
     keep_tags: int = Field(1, ge=0, le=100)
     """How many tags at the front stay in place when shuffling."""
-    held_out: int = Field(0, ge=0, le=1000)
-    """Pictures kept out of training to measure the loss; needs at least 8 pictures in all."""
+    held_out: int = Field(-1, ge=-1, le=1000)
+    """Pictures kept out of training to measure the loss; -1 keeps one in eight where there are at least 8."""
 
 
 class PriorSettings(Settings):

@@ -1,0 +1,240 @@
+"""The training loop: one function a person can read aloud. It yields events; it does not log, plot or draw."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.events import (
+    Event,
+    Finished,
+    Launched,
+    Paused,
+    Ranked,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+    Warned,
+)
+from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.precision import DTYPES, name_of, pick_device, pick_precision
+from reparam_diffusion.targets import count_parameters, file_bytes
+from reparam_diffusion.train.batch import draw_of, loss_of, samples_at, trains_text
+from reparam_diffusion.train.facts import write_finished
+from reparam_diffusion.train.learner import Learner, plan_run
+from reparam_diffusion.train.measure import fixed_noise_loss, save_previews
+from reparam_diffusion.train.objective import Objective
+from reparam_diffusion.train.optim import learning_rates
+from reparam_diffusion.train.prepare import Material, captions_of, prepare, preview_prompts
+from reparam_diffusion.train.processes import Processes, join_processes
+from reparam_diffusion.train.state import State, load_checkpoint, save_checkpoint
+
+Asked = Callable[[], str | bool]
+"""Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" ends with a checkpoint."""
+
+
+def never() -> str:
+    """Nobody asks anything."""
+    return ""
+
+
+def train(
+    config: TrainConfig, *, stop: Asked = never, folder: Path | None = None, resume: bool = False
+) -> Iterator[Event]:
+    """Train one adapter into `folder` (a new one under workspace/runs by default), yielding what happens.
+
+    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint.
+    """
+    folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield Launched(pid=os.getpid(), folder=str(folder))
+    begun = time.time()
+    saved = load_checkpoint(folder) if resume else None
+    model, processes = _load(config, saved)
+    training = config.training
+    objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
+    sites = plan_run(model, config)
+    material: Material = yield from prepare(model, config, folder, trains_text=trains_text(config))
+    learner = Learner(model, config, sites, processes)
+    first = 1
+    if saved is not None:
+        learner.load_state(saved)
+        first = saved["step"] + 1
+        yield from _differences(saved, model)
+    _ready(model, config)
+    yield Started(
+        method=config.adapter.method,
+        steps=training.steps,
+        first_step=first,
+        sites=len(sites),
+        parameters=count_parameters(sites),
+        file_bytes=file_bytes(sites),
+        device=str(model.device),
+        precision=name_of(model.dtype),
+        pictures=len(material.dataset.train),
+        ranks=learner.ranks(),
+    )
+    prompts = preview_prompts(model, config, [item.caption for item in material.dataset.train])
+    look = _Look(model, config, objective, material, learner, prompts, folder)
+    if saved is None:
+        yield from look.at(0)
+    with learner.injection:
+        for step in range(first, training.steps + 1):
+            asked = stop()
+            if asked:
+                yield from look.keep(step - 1)
+                if asked == "pause":
+                    yield Paused(step - 1)
+                    return
+                path = write_finished(folder, model, config, learner, material, step - 1, begun)
+                yield Stopped(step - 1, path)
+                return
+            clock = time.perf_counter()
+            loss = _forward_and_backward(model, objective, material, learner, processes, step)
+            if step == first:
+                learner.check_gradients()
+            rates = learning_rates(learner.optimizer)
+            norm = learner.update(step)
+            yield Step(step, loss, rates, time.perf_counter() - clock, norm)
+            yield from look.at(step)
+        path = write_finished(folder, model, config, learner, material, training.steps, begun)
+        yield Saved(training.steps, path, "adapter")
+    yield Finished(training.steps, path, time.time() - begun)
+
+
+def _forward_and_backward(
+    model: Model, objective: Objective, material: Material, learner: Learner, processes: Processes, step: int
+) -> float:
+    """Gradients of one optimizer step over its forward passes; returns the mean loss."""
+    config = learner.config
+    passes = config.training.accumulation
+    total = 0.0
+    for micro in range(passes):
+        samples = samples_at(material, config, processes, step, micro)
+        learner.injection.set_draw(draw_of(samples, config, step))
+        loss = loss_of(model, objective, material, samples, config, step)
+        total += float(loss.detach()) / passes
+        penalty = learner.penalty() if micro == 0 else None
+        whole = loss / passes if penalty is None else loss / passes + penalty
+        learner.scaler.scale(whole).backward()
+    learner.injection.set_draw(None)
+    return total
+
+
+class _Look:
+    """What is looked at and kept on the way: fixed-noise loss, previews, ranks, checkpoints."""
+
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        objective: Objective,
+        material: Material,
+        learner: Learner,
+        prompts: list[str],
+        folder: Path,
+    ) -> None:
+        self.model, self.config, self.objective = model, config, objective
+        self.material, self.learner, self.prompts, self.folder = material, learner, prompts, folder
+        steps, output = config.training.steps, config.output
+        self.checkpoint_every = output.checkpoint_every or max(steps // 5, 1)
+        self.validate_every = output.validate_every or max(steps // 10, 1)
+        self.sample_every = output.sample_every or steps
+        self.ranks = learner.ranks()
+
+    def at(self, step: int) -> Iterator[Event]:
+        """What is due after this step (0: the base model)."""
+        if not self.learner.processes.is_main:
+            return
+        last = self.config.training.steps
+        if step % self.validate_every == 0 or step == last:
+            yield from self._validate(step)
+        if self.prompts and (step % self.sample_every == 0 or step == last):
+            with self.learner.averaged():
+                for prompt, seed, path in save_previews(self.model, self.config, self.prompts, self.folder, step):
+                    yield Sampled(step, prompt, seed, path)
+        if step and (step % self.checkpoint_every == 0 or step == last):
+            yield from self.keep(step)
+
+    def keep(self, step: int) -> Iterator[Event]:
+        """A checkpoint at this step."""
+        if not self.learner.processes.is_main:
+            return
+        state: State = {
+            "schema": 1,
+            "step": step,
+            "precision": name_of(self.model.dtype),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            **self.learner.state(),
+        }
+
+        def also(place: Path) -> None:
+            write_finished(place, self.model, self.config, self.learner, self.material, step, None)
+
+        place = save_checkpoint(self.folder, step, state, keep=self.config.output.keep_checkpoints, also=also)
+        yield Saved(step, str(place.relative_to(self.folder)), "checkpoint")
+
+    def _validate(self, step: int) -> Iterator[Event]:
+        with self.learner.averaged():
+            loss = fixed_noise_loss(self.model, self.objective, self.material, self.config)
+        held_out = bool(self.material.dataset.held_out)
+        best = held_out and step > 0 and self._may_be_best(step) and loss < (self.learner.best or float("inf"))
+        if best:
+            self.learner.best = loss
+            write_finished(
+                self.folder, self.model, self.config, self.learner, self.material, step, None, name="best.safetensors"
+            )
+        yield Validated(step, loss, held_out, best)
+        ranks = self.learner.ranks()
+        if ranks != self.ranks:
+            self.ranks = ranks
+            yield Ranked(step, ranks)
+
+    def _may_be_best(self, step: int) -> bool:
+        """AdaLoRA's ranks must be final before a step may count as the best."""
+        share = getattr(self.config.adapter, "t_final", None)
+        total = self.config.training.steps
+        return share is None or step >= total - round(share * total)
+
+
+def _load(config: TrainConfig, saved: State | None) -> tuple[Model, Processes]:
+    """The base model in the run's number format; a resumed run keeps the one it was started with."""
+    processes = join_processes(pick_device(config.model.device))
+    assert processes.device is not None
+    dtype = pick_precision(config.model.precision, processes.device)
+    if saved is not None:
+        dtype = DTYPES[saved["precision"]]
+    return load_model(config.model.path, device=processes.device, dtype=dtype), processes
+
+
+def _ready(model: Model, config: TrainConfig) -> None:
+    """Switch on what the settings ask of the model, after the adapters are attached."""
+    if config.training.gradient_checkpointing:
+        model.unet.enable_gradient_checkpointing()
+        if trains_text(config):
+            for encoder in model.text_encoders:
+                encoder.train()  # transformers recomputes only in training mode; CLIP has no dropout
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.training.compile:
+        model.unet.compile_repeated_blocks()
+
+
+def _differences(saved: State, model: Model) -> Iterator[Event]:
+    """What keeps a resumed run from being bit for bit the same."""
+    if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
+        yield Warned(f"The run used {saved['threads']} threads, now {torch.get_num_threads()}: sums may round differently.")
+    if saved["torch"] != torch.__version__:
+        yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
+
+
+__all__ = ["Asked", "captions_of", "never", "train"]

@@ -1,0 +1,215 @@
+"""Everything before the first step: pictures, captions, class pictures, latents and text embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.data.cache import LatentCache, TextCache
+from reparam_diffusion.data.captions import caption_for, fill
+from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, build_dataset
+from reparam_diffusion.data.images import Picture, find_pictures
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.events import Event, Prepared, Warned
+from reparam_diffusion.models.encode import encode, is_too_long
+from reparam_diffusion.models.habits import unseen_backgrounds
+from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.sample import draw
+
+
+@dataclass
+class Material:
+    """What the loop draws from."""
+
+    dataset: Dataset
+    latents: LatentCache
+    texts: TextCache
+    class_items: tuple[Item, ...] = ()
+
+
+def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: bool) -> Iterator[Event]:
+    """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`)."""
+    data = config.data
+    if not data.images:
+        raise UserError("No pictures were given.", do="Set data.images to a folder of pictures.", place="data.images")
+    pictures, refused = find_pictures(data.images, least_side=max(32, model.size // 4))
+    for bad in refused:
+        yield Warned(f"{bad.path.name} is left out: {bad.why}")
+    captions = captions_of(model, config, pictures)
+    for caption in captions:
+        if is_too_long(model, caption):
+            yield Warned(f'This caption is longer than the model reads and is cut: "{caption}"')
+    held_out = data.held_out
+    if held_out < 0:
+        held_out = len(pictures) // LEAST_FOR_HELD_OUT
+    dataset = build_dataset(
+        pictures,
+        captions,
+        resolution=data.resolution or model.size,
+        step=model.size_step,
+        buckets=data.buckets,
+        repeats=data.repeats,
+        flip=data.flip,
+        held_out=held_out,
+        seed=config.training.seed,
+    )
+    fix_pictures(folder, pictures)
+    cache = cache_folder(folder)
+    class_items: tuple[Item, ...] = ()
+    if config.prior.weight:
+        class_items = yield from _class_pictures(model, config, cache / "class")
+    encoders = "".join(fingerprint(encoder) for encoder in model.text_encoders) + str(model.dtype)
+    material = Material(
+        dataset,
+        LatentCache(cache / "latents", fingerprint(model.vae)),
+        TextCache(cache / "texts", encoders, clip_skip=config.model.clip_skip),
+        class_items,
+    )
+    yield from _encode_pictures(model, material)
+    if not trains_text and not data.shuffle_tags:
+        yield from _encode_texts(model, material, config.model.clip_skip)
+    return material
+
+
+def captions_of(model: Model, config: TrainConfig, pictures: Sequence[Picture]) -> list[str]:
+    """Each picture's own caption, else the template with the trigger and the class word."""
+    data, habits = config.data, model.habits
+    template = data.caption_template or (habits.caption if data.kind == "subject" else habits.style_caption)
+    return [
+        caption_for(picture, template=template, trigger=data.trigger, class_word=data.class_word) for picture in pictures
+    ]
+
+
+def preview_prompts(model: Model, config: TrainConfig, captions: Sequence[str], *, count: int = 2) -> list[str]:
+    """The prompts to preview: the config's, else the model's own, on backgrounds that no caption names."""
+    data, habits = config.data, model.habits
+    own = habits.preview if data.kind == "subject" else habits.style_preview
+    templates = config.output.sample_prompts or own
+    backgrounds = unseen_backgrounds(habits, list(captions), count=count) or [""]
+    filled = [
+        fill(template, trigger=data.trigger, class_word=data.class_word, background=background)
+        for template in templates
+        for background in (backgrounds if "{background}" in template else [""])
+    ]
+    return list(dict.fromkeys(filled))
+
+
+def cache_folder(folder: Path) -> Path:
+    """The workspace's cache for a run inside one, else the run's own."""
+    return (folder.parent.parent if folder.parent.name == "runs" else folder) / ".cache"
+
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A short hash of a module's weights, for cache keys: names, shapes and a sample of every tensor's values."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
+    """Write the pictures' hashes at the first Start; a resume with other pictures is an error."""
+    file = folder / "pictures.json"
+    now = {picture.path.name: picture.hash for picture in pictures}
+    if not file.is_file():
+        beside = file.with_suffix(".tmp")
+        beside.write_text(json.dumps(now, indent=1), encoding="utf-8")
+        beside.replace(file)
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        raise UserError(
+            "The pictures have changed since this run was started.",
+            f"Different now: {', '.join(changed[:5])}.",
+            "Put them back as they were, or start a new run.",
+        )
+
+
+def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Iterator[Event]:
+    """Pictures of the class from the untouched base model, drawn once for these settings."""
+    prior = config.prior
+    template = prior.prompt or model.habits.class_prompt
+    backgrounds = model.habits.backgrounds if "{background}" in template else [""]
+    prompts = [
+        fill(template, trigger="", class_word=config.data.class_word or "thing", background=background)
+        for background in backgrounds or [""]
+    ]
+    steps = prior.steps or model.habits.steps
+    key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
+    place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    place.mkdir(parents=True, exist_ok=True)
+    at_once = 8
+    for start in range(0, prior.images, at_once):
+        numbers = [n for n in range(start, min(start + at_once, prior.images)) if not (place / f"{n:04d}.png").is_file()]
+        yield Prepared("class pictures", start, prior.images)
+        for prompt in dict.fromkeys(prompts[n % len(prompts)] for n in numbers):
+            seeds = [n for n in numbers if prompts[n % len(prompts)] == prompt]
+            for n, image in zip(seeds, draw(model, prompt, seeds=seeds, steps=steps), strict=True):
+                image.save(place / f".{n:04d}.png", "PNG")
+                (place / f".{n:04d}.png").replace(place / f"{n:04d}.png")
+    yield Prepared("class pictures", prior.images, prior.images)
+    pictures, _ = find_pictures([place / f"{n:04d}.png" for n in range(prior.images)], least_side=1)
+    size = (model.size, model.size)
+    return tuple(
+        Item(picture, prompts[int(picture.path.stem) % len(prompts)], size, flipped_ok=False) for picture in pictures
+    )
+
+
+def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
+    """Fill the latent cache: every item, mirrored too where that is allowed, class pictures at every size."""
+    items = [*material.dataset.train, *material.dataset.held_out]
+    sizes = {item.size for item in material.dataset.train}
+    work = [(item, False) for item in items] + [(item, True) for item in items if item.flipped_ok]
+    work += [(at_size(item, size), False) for item in material.class_items for size in sizes]
+    for done, (item, flip) in enumerate(work):
+        if done % 8 == 0:
+            yield Prepared("latents", done, len(work))
+        material.latents.get(item, flip, vae_encoder(model))
+    yield Prepared("latents", len(work), len(work))
+
+
+def at_size(item: Item, size: tuple[int, int]) -> Item:
+    """The same picture trained at another size, so that class pictures share a batch with any bucket."""
+    return Item(item.picture, item.caption, size, item.flipped_ok)
+
+
+def vae_encoder(model: Model) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """pixels (1, 3, height, width) in −1 to 1 -> the posterior's mean and std (1, channels, height/8, width/8)."""
+
+    def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            posterior = model.vae.encode(pixels.to(model.device, model.vae.dtype)).latent_dist
+        return posterior.mean.float().cpu(), posterior.std.float().cpu()
+
+    return encode_pixels
+
+
+def _encode_texts(model: Model, material: Material, clip_skip: int) -> Iterator[Event]:
+    """Embeddings of every caption that can come, the empty one included."""
+    items = [*material.dataset.train, *material.dataset.held_out, *material.class_items]
+    captions = list(dict.fromkeys(["", *(item.caption for item in items)]))
+    with torch.no_grad():
+        for done, caption in enumerate(captions):
+            if done % 8 == 0:
+                yield Prepared("captions", done, len(captions))
+            material.texts.get(caption, text_encoder(model, clip_skip))
+    yield Prepared("captions", len(captions), len(captions))
+
+
+def text_encoder(model: Model, clip_skip: int) -> Callable[[str], dict[str, Tensor]]:
+    """A caption -> "hidden" (1, tokens, width) and, for SDXL, "pooled" (1, width)."""
+
+    def encode_caption(caption: str) -> dict[str, Tensor]:
+        text = encode(model, [caption], clip_skip=clip_skip)
+        return {"hidden": text.hidden} | ({} if text.pooled is None else {"pooled": text.pooled})
+
+    return encode_caption

@@ -1,0 +1,75 @@
+"""What a resume needs, in one file a checkpoint: written beside and moved into place, read without pickle's code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reparam_diffusion.errors import UserError
+
+STATE = "state.pt"
+State = dict[str, Any]
+"""Step, adapters' states by site, optimizer, schedule, ema, best loss, and what exactness depends on."""
+
+
+def save_checkpoint(folder: Path, step: int, state: State, *, keep: int, also: Callable[[Path], None]) -> Path:
+    """Write checkpoints/<step>/ whole or not at all, then drop all but the last `keep`.
+
+    `also` writes further files into the folder. Raises UserError when the disk is full; older checkpoints stay.
+    """
+    place = folder / "checkpoints" / f"{step:06d}"
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir(parents=True)
+        torch.save(state, beside / STATE)
+        also(beside)
+        if place.exists():
+            shutil.rmtree(place)
+        beside.replace(place)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise disk_error(error, folder) from error
+    except RuntimeError as error:  # torch's file writer reports a full disk this way
+        shutil.rmtree(beside, ignore_errors=True)
+        if "write" not in str(error) and "No space" not in str(error):
+            raise
+        raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
+    for old in steps_saved(folder)[:-keep]:
+        shutil.rmtree(folder / "checkpoints" / f"{old:06d}", ignore_errors=True)
+    return place
+
+
+def disk_error(error: OSError, folder: Path) -> UserError:
+    """A failed write in a person's words."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            "The disk is full.", f"Nothing more fits into {folder}.", "Free some space and resume; the last checkpoint is whole."
+        )
+    return UserError(f"{folder} cannot be written.", str(error), "Check the folder's permissions.")
+
+
+def steps_saved(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints, ascending."""
+    return sorted(int(path.parent.name) for path in (folder / "checkpoints").glob(f"[0-9]*/{STATE}"))
+
+
+def load_checkpoint(folder: Path) -> State:
+    """The last checkpoint that reads whole. Raises UserError when there is none."""
+    for step in reversed(steps_saved(folder)):
+        try:
+            state: State = torch.load(
+                folder / "checkpoints" / f"{step:06d}" / STATE, map_location="cpu", weights_only=True
+            )
+        except (OSError, RuntimeError, EOFError):
+            continue  # a torn file: the one before it is whole
+        return state
+    raise UserError(
+        "This run has no checkpoint to resume from.", f"{folder / 'checkpoints'} holds none.", "Start it again from the beginning."
+    )
