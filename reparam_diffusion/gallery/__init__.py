@@ -1,0 +1,1 @@
+"""What becomes of adapters: the shelf they lie on, and what is made of them there."""

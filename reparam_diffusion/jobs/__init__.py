@@ -1,0 +1,1 @@
+"""Runs as folders and processes: created, launched, followed, asked to stop."""

@@ -1,0 +1,192 @@
+"""A run's state as a fold of its events. Feeding a few new events costs little, however long the run."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import deque
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal
+
+from reparam_diffusion import events as e
+
+State = Literal["created", "queued", "running", "paused", "stopped", "failed", "finished", "lost"]
+WAITING = "waiting for the device"
+"""The phase of a worker that waits its turn."""
+POINTS = 300
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What there is to know about a run now. Paths are relative to the run's folder; "" where there is none yet."""
+
+    state: State = "created"
+    step: int = 0
+    steps: int = 0
+    phase: str = ""
+    phase_done: int = 0
+    phase_total: int = 0
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    validations: list[e.Validated] = field(default_factory=list)
+    samples: list[e.Sampled] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    message: str = ""
+    seconds_per_step: float = 0.0
+    seconds_left: float | None = None
+    seconds: float = 0.0
+    checkpoint: int | None = None
+    adapter: str = ""
+    gallery: str = ""
+    started: e.Started | None = None
+    ranks: dict[str, int] = field(default_factory=dict)
+    pid: int = 0
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a process works on it, or waits to."""
+        return self.state in ("running", "queued")
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether going on from the last checkpoint, or from the start, makes sense."""
+        return self.state in ("paused", "stopped", "failed", "lost", "created")
+
+
+class Fold:
+    """Takes events one by one; `state` tells where they lead. A step that comes again replaces what it was."""
+
+    def __init__(self) -> None:
+        self.last: e.Event | None = None  # the last event that says where the run stands
+        self.launched: e.Launched | None = None
+        self.started: e.Started | None = None
+        self.phase = e.Prepared("", 0, 0)
+        self.steps = array("q")
+        self.losses = array("d")
+        self.recent: deque[float] = deque(maxlen=20)
+        self.validations: dict[int, e.Validated] = {}
+        self.samples: dict[tuple[int, str, int], e.Sampled] = {}
+        self.warnings: list[str] = []
+        self.checkpoint: int | None = None
+        self.adapter = ""
+        self.gallery = ""
+        self.ranks: dict[str, int] = {}
+        self.seconds = 0.0
+
+    def feed(self, event: e.Event) -> None:
+        """Take in one event."""
+        match event:
+            case e.Warned():
+                if event.message not in self.warnings:
+                    self.warnings.append(event.message)
+                return  # a warning says nothing about where the run stands
+            case e.Launched():
+                self.launched = event
+                self.phase = e.Prepared("starting", 0, 0)
+            case e.Started():
+                self.started = event
+                self.ranks = dict(event.ranks)
+            case e.Prepared():
+                self.phase = event
+            case e.Step():
+                self._take_step(event)
+            case e.Validated():
+                self.validations[event.step] = event
+            case e.Sampled():
+                self.samples[(event.step, event.prompt, event.seed)] = event
+            case e.Ranked():
+                self.ranks = dict(event.ranks)
+            case e.Saved():
+                self._take_saved(event)
+            case e.Finished() | e.Stopped():
+                self.adapter = event.path or self.adapter
+        self.last = event
+
+    def _take_step(self, event: e.Step) -> None:
+        if self.steps and event.step <= self.steps[-1]:
+            first = bisect_left(self.steps, event.step)
+            del self.steps[first:], self.losses[first:]
+            self.validations = {step: row for step, row in self.validations.items() if step < event.step}
+            self.samples = {key: row for key, row in self.samples.items() if key[0] < event.step}
+        self.steps.append(event.step)
+        self.losses.append(event.loss)
+        self.recent.append(event.seconds)
+        self.seconds += event.seconds
+        self.phase = e.Prepared("training", 0, 0)
+
+    def _take_saved(self, event: e.Saved) -> None:
+        if event.kind == "checkpoint":
+            self.checkpoint = event.step
+        elif event.kind == "gallery":
+            self.gallery = event.path
+        else:
+            self.adapter = event.path
+
+    def state(self, *, is_held: bool) -> RunState:
+        """Where the run stands; `is_held` says whether a living process works on it."""
+        now = self._now(is_held)
+        step = self.steps[-1] if self.steps else 0
+        total = self.started.steps if self.started else 0
+        pace = median(self.recent) if self.recent else 0.0
+        left = (total - step) * pace if pace and now == "running" else None
+        return RunState(
+            state=now,
+            step=step,
+            steps=total,
+            phase=self.phase.phase,
+            phase_done=self.phase.done,
+            phase_total=self.phase.total,
+            losses=thinned(self.steps, self.losses),
+            validations=[self.validations[key] for key in sorted(self.validations)],
+            samples=sorted(self.samples.values(), key=lambda sample: sample.step),
+            warnings=list(self.warnings),
+            message=self._message(now),
+            seconds_per_step=pace,
+            seconds_left=left,
+            seconds=self.seconds,
+            checkpoint=self.checkpoint,
+            adapter=self.adapter,
+            gallery=self.gallery,
+            started=self.started,
+            ranks=dict(self.ranks),
+            pid=self.launched.pid if self.launched else 0,
+        )
+
+    def _now(self, is_held: bool) -> State:
+        match self.last:
+            case None:
+                return "running" if is_held else "created"
+            case e.Finished():
+                return "finished"
+            case e.Stopped():
+                return "stopped"
+            case e.Paused():
+                return "paused"
+            case e.Failed():
+                return "failed"
+        if not is_held:
+            return "lost"
+        return "queued" if isinstance(self.last, e.Prepared) and self.last.phase == WAITING else "running"
+
+    def _message(self, now: State) -> str:
+        if now == "failed" and isinstance(self.last, e.Failed):
+            return " ".join(part for part in (self.last.what, self.last.why, self.last.do) if part)
+        if now == "lost":
+            place = (
+                f"Its last checkpoint is at step {self.checkpoint}." if self.checkpoint else "It has no checkpoint yet."
+            )
+            return f"The program ended without a word. {place} Resume goes on from there."
+        return ""
+
+
+def thinned(steps: array[int], losses: array[float], *, points: int = POINTS) -> list[tuple[int, float]]:
+    """At most `points` pairs: the mean loss of equal stretches, at each stretch's last step."""
+    width = -(-len(steps) // points) or 1
+    stretches = range(0, len(steps), width)
+    if width == 1:
+        return list(zip(steps, losses, strict=True))
+    means = []
+    for first in stretches:
+        part = losses[first : first + width]
+        means.append((steps[first + len(part) - 1], sum(part) / len(part)))
+    return means

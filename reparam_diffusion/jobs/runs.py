@@ -1,0 +1,211 @@
+"""Run folders: config.toml, events.jsonl, log.txt, lock and ask/. Whoever looks at them needs nothing else."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from pathlib import Path
+from typing import Literal, Self
+
+import psutil  # type: ignore[import-untyped]  # it ships no types
+
+from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.events import Event, Launched, from_json
+from reparam_diffusion.gallery.shelf import make_slug, write_bytes
+from reparam_diffusion.jobs.fold import Fold, RunState
+from reparam_diffusion.jobs.locks import is_held, run_lock
+
+__all__ = [
+    "EventLog",
+    "Follower",
+    "RunState",
+    "adapter_name",
+    "ask",
+    "asked",
+    "clear_requests",
+    "create_run",
+    "list_runs",
+    "log_file",
+    "read_config",
+    "read_events",
+    "state_of",
+    "workspace_of",
+]
+
+Request = Literal["stop", "pause", "sample"]
+REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
+
+
+def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
+    """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
+    config = _with_absolute_paths(config)
+    name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
+    number = 1
+    while True:
+        folder = workspace.resolve() / "runs" / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:
+            number += 1
+    write_bytes(folder / "config.toml", to_toml(config).encode())
+    return folder
+
+
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    images = config.data.images
+    if isinstance(images, str):
+        absolute: str | list[str] = str(Path(images).expanduser().resolve()) if images else ""
+    else:
+        absolute = [str(Path(image).expanduser().resolve()) for image in images]
+    model = Path(config.model.path).expanduser()
+    is_folder = config.model.path != "starter" and model.exists()
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update={"images": absolute}),
+            "model": config.model.model_copy(update={"path": str(model.resolve())}) if is_folder else config.model,
+        }
+    )
+
+
+def adapter_name(config: TrainConfig) -> str:
+    """What the finished adapter is called."""
+    words = (config.data.trigger, config.data.class_word, config.adapter.method)
+    return config.output.name or " ".join(word for word in words if word)
+
+
+def workspace_of(folder: Path) -> Path:
+    """The workspace that a run's folder lies in."""
+    return folder.resolve().parent.parent
+
+
+def log_file(folder: Path) -> Path:
+    """Where the worker's output goes."""
+    return folder / "log.txt"
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """A run's settings. Raises UserError when the folder is no run."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{folder} is not a run.", "It has no config.toml.", "Check the path.")
+    return settle(read_settings(folder / "config.toml"))
+
+
+def list_runs(workspace: Path) -> list[Path]:
+    """The folders of all runs, the newest first."""
+    runs = (workspace.resolve() / "runs").glob("*/config.toml")
+    return sorted((file.parent for file in runs), key=lambda folder: folder.name, reverse=True)
+
+
+# --- events ----------------------------------------------------------------------------------------------------------
+class EventLog:
+    """Appends to a run's events.jsonl: one write call a line, so that a reader never sees two lines mixed."""
+
+    def __init__(self, folder: Path) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+        self._fd = os.open(folder / "events.jsonl", flags, 0o644)
+        if _ends_torn(folder / "events.jsonl"):
+            os.write(self._fd, b"\n")  # a killed worker's half line must not swallow our first one
+
+    def append(self, event: Event) -> None:
+        """Write one event."""
+        os.write(self._fd, event.to_json().encode() + b"\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _ends_torn(file: Path) -> bool:
+    with file.open("rb") as lines:
+        if lines.seek(0, os.SEEK_END) == 0:
+            return False
+        lines.seek(-1, os.SEEK_END)
+        return lines.read(1) != b"\n"
+
+
+def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
+    """The events after a byte offset, and the offset to go on from. A torn last line is left for the next time."""
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            file.seek(offset)
+            new = file.read()
+    except FileNotFoundError:
+        return [], offset
+    whole = new[: new.rfind(b"\n") + 1]
+    found = []
+    for line in whole.splitlines():
+        try:
+            found.append(from_json(line.decode()))
+        except ValueError:  # torn by a kill, or from a newer version: the other lines still tell the run
+            continue
+    return found, offset + len(whole)
+
+
+class Follower:
+    """Follows one run: each look reads only what is new."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._fold = Fold()
+        self._offset = 0
+
+    def look(self) -> RunState:
+        """The run's state now."""
+        # The lock is asked first: whoever lets go of it has written its last event before.
+        held = is_held(run_lock(self.folder))
+        self._read()
+        state = self._fold.state(is_held=held or self._is_starting())
+        if state.state != "lost" or not is_held(run_lock(self.folder)):
+            return state
+        return self._fold.state(is_held=True)  # a worker took it between the two looks
+
+    def _read(self) -> None:
+        file = self.folder / "events.jsonl"
+        if self._offset and (not file.exists() or file.stat().st_size < self._offset):
+            self._fold, self._offset = Fold(), 0  # the file was replaced
+        new, self._offset = read_events(self.folder, self._offset)
+        for event in new:
+            self._fold.feed(event)
+
+    def _is_starting(self) -> bool:
+        """Whether a process was launched that lives but has not got as far as the lock."""
+        last = self._fold.last
+        return isinstance(last, Launched) and _is_alive(last.pid, started=last.time)
+
+
+def _is_alive(pid: int, *, started: float) -> bool:
+    """Whether this very process lives: not a zombie, and not a later one with the same number."""
+    try:
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= started + 1
+    except psutil.Error:
+        return False
+
+
+def state_of(folder: Path) -> RunState:
+    """A run's state, read from the start."""
+    return Follower(folder).look()
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+def ask(folder: Path, request: Request) -> None:
+    """Leave a request for a run's worker: stop, pause, or draw a preview now."""
+    if request not in REQUESTS:
+        raise UserError(f'A run cannot be asked to "{request}".', do=f"Ask for one of {', '.join(REQUESTS)}.")
+    (folder / "ask").mkdir(exist_ok=True)
+    (folder / "ask" / request).touch()
+
+
+def asked(folder: Path) -> str:
+    """ "stop" or "pause" when that was asked for, else ""."""
+    return next((request for request in ("stop", "pause") if (folder / "ask" / request).exists()), "")
+
+
+def clear_requests(folder: Path) -> None:
+    """Forget what was asked."""
+    for request in REQUESTS:
+        (folder / "ask" / request).unlink(missing_ok=True)
