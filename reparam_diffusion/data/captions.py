@@ -53,10 +53,10 @@ def fill(template: str, *, trigger: str, class_word: str, background: str = "") 
 
 
 def _tidy(text: str) -> str:
-    """One space between words, none before a comma or full stop, no comma without words."""
+    """One space between words, none before a comma or full stop, no comma before another mark."""
     text = " ".join(text.split())
     text = re.sub(r" +([,.;:!?])", r"\1", text)
-    text = re.sub(r"(, ?)+,", ",", text)
+    text = re.sub(r"(, ?)+(?=[,.;:!?])", "", text)
     return text.strip(" ,")
 
 

@@ -154,10 +154,10 @@ def _folder(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: _natural(file.name))
 
 
-def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
+def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """A sort key by which picture2 comes before picture10."""
     parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
-    return [(int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts], name
+    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
 
 
 def _look_at(file: Path, least_side: int) -> Picture:
