@@ -1,0 +1,1 @@
+"""Adapter files: how layers are named, reading every known format, writing ours, PEFT's and diffusers'."""

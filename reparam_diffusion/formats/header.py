@@ -1,0 +1,226 @@
+"""The header of our adapter files: kohya's ss_ keys, modelspec 1.0.1, trigger words, hashes, and our own settings.
+
+Keys and values as A1111, SwarmUI and the managers read them; every value is text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import safetensors.torch
+from torch import Tensor
+
+from reparam_diffusion.formats.names import Family
+
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1/lora",
+    "sd2": "stable-diffusion-v2-512/lora",
+    "sdxl": "stable-diffusion-xl-v1-base/lora",
+}
+_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
+
+
+@dataclass(frozen=True)
+class TrainingFacts:
+    """What a file's header tells about how it was made. Times are Unix seconds; sizes are pixels."""
+
+    name: str
+    method: str
+    family: Family
+    trigger: str = ""
+    class_word: str = ""
+    title: str = ""
+    description: str = ""
+    author: str = ""
+    license: str = ""
+    tags: tuple[str, ...] = ()
+    rank: int | None = None
+    alpha: float | None = None
+    conv_rank: int | None = None
+    conv_alpha: float | None = None
+    dropout: float | None = None
+    network_args: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    base_model: str = ""
+    base_model_sha256: str = ""
+    is_v_prediction: bool = False
+    resolution: tuple[int, int] = (512, 512)
+    """(width, height)"""
+    clip_skip: int = 0
+    """Text encoder layers left out; kohya counts from 1."""
+    max_tokens: int = 77
+    learning_rate: float = 0.0
+    text_learning_rate: float = 0.0
+    steps: int = 0
+    planned_steps: int = 0
+    epochs: int = 0
+    batch: int = 1
+    accumulation: int = 1
+    processes: int = 1
+    warmup_steps: int = 0
+    seed: int = 0
+    optimizer: str = ""
+    scheduler: str = ""
+    mixed_precision: str = "no"
+    clip_norm: float = 0.0
+    gradient_checkpointing: bool = False
+    min_snr_gamma: float = 0.0
+    noise_offset: float = 0.0
+    zero_terminal_snr: bool = False
+    caption_dropout: float = 0.0
+    prior_weight: float = 0.0
+    shuffle_captions: bool = False
+    keep_tokens: int = 0
+    flip: bool = False
+    pictures: int = 0
+    held_out_pictures: int = 0
+    class_pictures: int = 0
+    repeats: int = 1
+    tag_frequency: Mapping[str, int] = field(default_factory=dict)
+    buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """(width, height) -> pictures."""
+    started_at: float = 0.0
+    finished_at: float = 0.0
+    software: str = "Reparam Diffusion"
+    software_version: str = ""
+    config_toml: str = ""
+
+
+def family_keys(family: Family, *, is_v_prediction: bool = False) -> dict[str, str]:
+    """The keys by which A1111 files an adapter under its base model; without them an SDXL file is hidden."""
+    version, architecture = _VERSIONS[family], _ARCHITECTURES[family]
+    if family == "sd2" and is_v_prediction:
+        version, architecture = "sd_v2_v", "stable-diffusion-v2-768-v/lora"
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": str(family == "sd2"),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+    }
+
+
+def build_header(facts: TrainingFacts) -> dict[str, str]:
+    """The whole header but its hashes, which `write_adapter` takes from the bytes it writes."""
+    folder = f"{facts.repeats}_{' '.join(word for word in (facts.trigger, facts.class_word) if word) or facts.name}"
+    header: dict[str, str] = family_keys(facts.family, is_v_prediction=facts.is_v_prediction)
+    header |= _network(facts) | _training(facts) | _data(facts, folder) | _modelspec(facts)
+    if facts.trigger:
+        header["ss_trigger_words"] = header["trigger_words"] = facts.trigger
+        header["modelspec.trigger_phrase"] = " ".join(word for word in (facts.trigger, facts.class_word) if word)
+    if facts.config_toml:
+        header["reparam_config"] = facts.config_toml
+    header["reparam_method"] = facts.method
+    return header
+
+
+def _network(facts: TrainingFacts) -> dict[str, str]:
+    is_plain = facts.method in ("lora", "adalora")
+    algo = {"oft": "diag-oft"}.get(facts.method, facts.method)
+    args: dict[str, str] = {} if is_plain else {"algo": algo}
+    args |= {name: str(value) for name, value in facts.network_args.items()}
+    if facts.conv_rank is not None:
+        args["conv_dim"] = str(facts.conv_rank)
+    if facts.conv_alpha is not None:
+        args["conv_alpha"] = f"{facts.conv_alpha:g}"
+    return {
+        # A name that starts with "{" would be parsed as JSON by A1111.
+        "ss_output_name": facts.name.lstrip("{") or "adapter",
+        "ss_network_module": "networks.lora" if is_plain else "lycoris.kohya",
+        "ss_network_dim": str(facts.rank),
+        "ss_network_alpha": "None" if facts.alpha is None else f"{facts.alpha:g}",
+        "ss_network_dropout": str(facts.dropout),
+        "ss_network_args": json.dumps(args),
+    }
+
+
+def _training(facts: TrainingFacts) -> dict[str, str]:
+    values: dict[str, object] = {
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": facts.finished_at,
+        "ss_learning_rate": facts.learning_rate,
+        "ss_unet_lr": facts.learning_rate,
+        "ss_text_encoder_lr": facts.text_learning_rate or None,
+        "ss_steps": facts.steps,
+        "ss_max_train_steps": facts.planned_steps or facts.steps,
+        "ss_num_epochs": facts.epochs,
+        "ss_epoch": facts.epochs,
+        "ss_lr_warmup_steps": facts.warmup_steps,
+        "ss_lr_scheduler": facts.scheduler,
+        "ss_optimizer": facts.optimizer,
+        "ss_seed": facts.seed,
+        "ss_mixed_precision": facts.mixed_precision,
+        "ss_gradient_checkpointing": facts.gradient_checkpointing,
+        "ss_gradient_accumulation_steps": facts.accumulation,
+        "ss_max_grad_norm": facts.clip_norm,
+        "ss_batch_size_per_device": facts.batch,
+        "ss_total_batch_size": facts.batch * facts.processes * facts.accumulation,
+        "ss_min_snr_gamma": facts.min_snr_gamma or None,
+        "ss_noise_offset": facts.noise_offset or None,
+        "ss_zero_terminal_snr": facts.zero_terminal_snr,
+        "ss_caption_dropout_rate": facts.caption_dropout,
+        "ss_prior_loss_weight": facts.prior_weight,
+        "ss_clip_skip": facts.clip_skip + 1 if facts.clip_skip else None,
+        "ss_max_token_length": None if facts.max_tokens == 77 else facts.max_tokens,
+        "ss_sd_model_name": facts.base_model,
+        "ss_new_sd_model_hash": facts.base_model_sha256 or None,
+    }
+    return {key: str(value) for key, value in values.items()}
+
+
+def _data(facts: TrainingFacts, folder: str) -> dict[str, str]:
+    buckets = {
+        str(number): {"resolution": list(size), "count": count}
+        for number, (size, count) in enumerate(sorted(facts.buckets.items()))
+    }
+    values: dict[str, object] = {
+        "ss_num_train_images": facts.pictures * facts.repeats,
+        "ss_num_validation_images": facts.held_out_pictures,
+        "ss_num_reg_images": facts.class_pictures,
+        "ss_resolution": facts.resolution,
+        "ss_shuffle_caption": facts.shuffle_captions,
+        "ss_keep_tokens": facts.keep_tokens,
+        "ss_flip_aug": facts.flip,
+        "ss_enable_bucket": bool(buckets),
+    }
+    return {key: str(value) for key, value in values.items()} | {
+        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": facts.repeats, "img_count": facts.pictures}}),
+        "ss_tag_frequency": json.dumps({folder: dict(facts.tag_frequency)}, ensure_ascii=False),
+        "ss_bucket_info": json.dumps({"buckets": buckets}),
+    }
+
+
+def _modelspec(facts: TrainingFacts) -> dict[str, str]:
+    is_xl = facts.family == "sdxl"
+    spec = {
+        "implementation": "https://github.com/Stability-AI/generative-models" if is_xl else "diffusers",
+        "title": facts.title or facts.name,
+        "resolution": f"{facts.resolution[0]}x{facts.resolution[1]}",
+        "prediction_type": "v" if facts.is_v_prediction else "epsilon",
+        "timestep_range": "0,1000",
+        "description": facts.description,
+        "author": facts.author,
+        "license": facts.license,
+        "tags": ", ".join(facts.tags),
+        "encoder_layer": str(facts.clip_skip + 1) if facts.clip_skip else "",
+        "implementation_version": f"{facts.software} {facts.software_version}".strip(),
+    }
+    if facts.finished_at:
+        spec["date"] = datetime.fromtimestamp(int(facts.finished_at), UTC).replace(tzinfo=None).isoformat()
+    return {f"modelspec.{key}": value for key, value in spec.items() if value}
+
+
+def hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
+    """kohya's two hashes, from the bytes of the file with its ss_ keys only.
+
+    `sshs_model_hash` covers the data alone, so it is the file's whatever the header (A1111, Civitai's AutoV3).
+    """
+    training = {key: value for key, value in header.items() if key.startswith("ss_")}
+    content = safetensors.torch.save(dict(tensors), training)
+    start = 8 + int.from_bytes(content[:8], "little")
+    return {
+        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
+    }

@@ -1,0 +1,65 @@
+"""What a file says about itself, or lets one guess: the base model's family, the trigger words, what it is instead."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+def guess_family(metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """One of "sd1", "sd2", "sdxl", "unknown": from the header, else from names, else from the width of text vectors."""
+    told = metadata.get("ss_base_model_version", "").lower() + metadata.get("modelspec.architecture", "").lower()
+    if "sdxl" in told or "stable-diffusion-xl" in told:
+        return "sdxl"
+    if metadata.get("ss_v2") == "True" or "sd_v2" in told or "stable-diffusion-v2" in told:
+        return "sd2"
+    if "sd_v1" in told or "stable-diffusion-v1" in told:
+        return "sd1"
+    if any(_is_sdxl_name(site) for site in sites):
+        return "sdxl"
+    for site, leaves in sites.items():
+        if re.search(r"attn2_to_[kv]$", site):
+            for leaf in ("lora_down.weight", "hada_w1_b", "diff", "lora_A"):
+                if leaf in leaves and leaves[leaf].ndim > 1:
+                    return _WIDTHS.get(leaves[leaf].shape[1], "unknown")
+    return "unknown"
+
+
+def _is_sdxl_name(site: str) -> bool:
+    blocks = re.search(r"transformer_blocks_(\d+)_", site)
+    return site.startswith(("te2.", "unet.add_embedding")) or (blocks is not None and int(blocks[1]) >= 2)
+
+
+def guess_trigger(metadata: Mapping[str, str]) -> str:
+    """The words that call the adapter, as its header has them; empty when it says nothing."""
+    for key in ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words"):
+        if words := metadata.get(key, "").strip():
+            return words
+    try:
+        folders = json.loads(metadata.get("ss_dataset_dirs", "{}"))
+    except ValueError:
+        return ""  # a foreign header with something else under this name says nothing about the trigger
+    for folder in folders if isinstance(folders, dict) else ():
+        if found := re.fullmatch(r"\d+_(.+)", str(folder)):  # kohya: "<repeats>_<trigger> <class>"
+            return found[1].strip()
+    return ""
+
+
+def what_instead(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+    """What a file without any adapter tensor is, and what to do, for a person."""
+    names = list(keys)
+    if not names:
+        return "It has no tensors at all.", "Download or copy it again."
+    if any(name.startswith(("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")) for name in names):
+        return "It is a full model, not an adapter.", "Choose it as the base model."
+    if {"emb_params", "clip_l", "clip_g"} & set(names) or (len(names) <= 2 and all("." not in name for name in names)):
+        return "It is a textual inversion embedding, not an adapter.", "Choose a LoRA, LoHa, LoKr or OFT file."
+    if any(name.startswith(("down_blocks.", "up_blocks.", "encoder.down_blocks.")) for name in names):
+        return "It holds a model's own weights, not an adapter.", "Choose its folder as the base model."
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"Its tensors are called {shown}; no adapter format has such names.", "Choose an adapter file."

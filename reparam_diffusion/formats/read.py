@@ -1,0 +1,248 @@
+"""Reading adapter files of every known kind, and binding them to a live model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.adapters.foreign import forms_of, read_forms
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
+from reparam_diffusion.formats.keys import KNOWN, parse_key
+from reparam_diffusion.formats.load import Piece, open_pieces
+from reparam_diffusion.formats.names import Parts, diffusers_name, spellings
+from reparam_diffusion.formats.peft_config import complete
+
+Unmatched = list[tuple[str, str]]
+"""Names of a file's tensors or layers, each with a plain sentence why it is left out."""
+
+PADDING = "reparam_padding"
+"""Header key: layers that `write_adapter` added as zeros for other programs."""
+_PART_NAMES = {"unet": "UNet", "te1": "text encoder", "te2": "second text encoder"}
+_LISTED = ("lora", "loha", "lokr", "oft", "adalora", "full", "norm", "ia3", "glora", "boft")
+"""Forms whose leaves are all in `keys.KNOWN`; a method that is added later takes any leaf."""
+_BIASES = ("diff_b", "b_norm", "lora_up.bias")
+
+
+@dataclass
+class Site:
+    """One layer's tensors in a file. `flat` is the file's own spelling, `path` the dotted one where it has dots."""
+
+    part: str
+    flat: str
+    path: str
+    key: str
+    is_dotted: bool
+    leaves: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The canonical flat name."""
+        return f"{self.part}.{diffusers_name(self.flat) if self.part == 'unet' else self.flat}"
+
+    def kinds(self) -> list[str]:
+        """The names of the forms at this site, the main one first."""
+        return [form.name for form, _ in forms_of(self.leaves)]
+
+    def rank(self) -> int | None:
+        """The rank of its factors; None for forms without one."""
+        if "lora_E" in self.leaves:
+            return int((self.leaves["lora_E"] != 0).sum())
+        for leaf in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+            if leaf in self.leaves:
+                return self.leaves[leaf].shape[0]
+        return None
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An adapter as read, without a model. `match` binds it to one."""
+
+    file: Path
+    metadata: dict[str, str]
+    unmatched: Unmatched
+    _sites: dict[str, Site]
+
+    @property
+    def sites(self) -> list[str]:
+        """Canonical flat names of the layers, such as "unet.mid_block_attentions_0_proj_in"."""
+        return list(self._sites)
+
+    @property
+    def method(self) -> str:
+        """The method's name; "mixed" where layers differ."""
+        kinds = {site.kinds()[0] for site in self._sites.values()}
+        return kinds.pop() if len(kinds) == 1 else "mixed"
+
+    @property
+    def base(self) -> str:
+        """The base model's family: "sd1", "sd2", "sdxl" or "unknown"."""
+        return guess_family(self.metadata, {name: site.leaves for name, site in self._sites.items()})
+
+    @property
+    def trigger(self) -> str:
+        """The words that call it, when the file says so."""
+        return guess_trigger(self.metadata)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of every layer that has one."""
+        return {name: rank for name, site in self._sites.items() if (rank := site.rank()) is not None}
+
+    def delta(self, site: str, weight: Tensor) -> Tensor:
+        """ΔW in fp32 of one canonical site for its base weight. Raises UserError where they do not fit."""
+        try:
+            return _build(self._sites[site].leaves, tuple(weight.shape)).delta(weight)
+        except KeyError:
+            raise UserError(f"{self.file.name} does not change {site}.") from None
+        except ValueError as error:
+            raise UserError(f"{self.file.name} does not fit {site}.", f"{error}.") from None
+
+    def match(self, parts: Parts) -> tuple[dict[str, Adapter], Unmatched]:
+        """Adapters by live site, and what was left out with why. Nothing is left out in silence."""
+        table = spellings(parts)
+        found: dict[str, Adapter] = {}
+        left: Unmatched = list(self.unmatched)
+        for site in self._sites.values():
+            live = table.get(f"{site.part}.{site.flat}")
+            if live is None:
+                left.append((site.key, _no_layer(site, parts)))
+            elif live in found:
+                left.append((site.key, "the file has this layer twice, under two names"))
+            else:
+                part, _, path = live.partition(".")
+                module = parts[part].get_submodule(path)
+                leaves, unused = _without_bias(site, module)
+                left += unused
+                try:
+                    found[live] = _build(leaves, _shape(module))
+                except ValueError as error:
+                    left.append((site.key, str(error)))
+        return found, left
+
+
+def read_adapter(path: Path | str) -> AdapterFile:
+    """Read a .safetensors file or a PEFT folder. Raises UserError when it is no adapter, or cannot be read."""
+    path = Path(path)
+    pieces = open_pieces(path)
+    unmatched: Unmatched = []
+    sites: dict[str, Site] = {}
+    for piece in pieces:
+        for site in _sites_of(piece, unmatched):
+            if site.name in sites:
+                unmatched.append((site.key, "the file has this layer twice, under two names"))
+            else:
+                sites[site.name] = site
+    metadata = {key: value for piece in pieces for key, value in piece.metadata.items()}
+    if not sites:
+        keys = [key for piece in pieces for key in piece.tensors]
+        why, do = what_instead(keys, pieces[0].tensors)
+        if any(reason.startswith("PEFT's") for _, reason in unmatched):
+            why, do = f"{unmatched[0][1]}.", "Choose a LoRA, LoHa, LoKr, OFT, BOFT, IA3 or AdaLoRA adapter."
+        raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
+    return AdapterFile(path, metadata, unmatched, sites)
+
+
+def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
+    """A piece's tensors gathered into layers; what does not belong goes to `unmatched`."""
+    gathered: dict[tuple[str, str], Site] = {}
+    padding = set(json.loads(piece.metadata.get(PADDING, "[]")))
+    for key, tensor in piece.tensors.items():
+        parsed = parse_key(key, part=piece.part)
+        if isinstance(parsed, str):
+            unmatched.append((key, parsed))
+            continue
+        if parsed.is_dotted:
+            name = key[: -len(parsed.leaf)] if key.endswith(parsed.leaf) else key
+        else:
+            name = key.partition(".")[0]
+        if name in padding:
+            continue
+        new = Site(parsed.part, parsed.flat, parsed.path, name.rstrip("."), parsed.is_dotted)
+        site = gathered.setdefault((parsed.part, parsed.flat), new)
+        if parsed.leaf in site.leaves:
+            unmatched.append((key, "the file has this tensor twice, under two names"))
+        else:
+            site.leaves[parsed.leaf] = tensor
+    return [site for site in gathered.values() if _is_complete(site, piece, unmatched)]
+
+
+def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
+    """Finish a site's leaves from the configuration and check that they make up an adapter."""
+    if site.is_dotted:
+        config = piece.config if piece.config is not None else piece.part_configs.get(site.part)
+        if trouble := complete(site.leaves, site.path, config):
+            unmatched.append((site.key, trouble))
+            return False
+    elif piece.metadata.get("ss_network_module") == "networks.oft":
+        _settle_kohya_oft(site.leaves)
+    _fold_scalar(site.leaves)
+    kinds = site.kinds()
+    if not kinds:
+        names = ", ".join(site.leaves)
+        unmatched.append((site.key, f"its tensors ({names}) make up no known kind of adapter"))
+        return False
+    for leaf in [leaf for leaf in site.leaves if kinds[0] in _LISTED and leaf not in KNOWN]:
+        unmatched.append((f"{site.key}.{leaf}", "no reader uses this tensor"))
+        del site.leaves[leaf]
+    return True
+
+
+def _settle_kohya_oft(leaves: dict[str, Tensor]) -> None:
+    """kohya's own OFT takes alpha 0 as "no rotation at all", everybody else as "no constraint"."""
+    alpha = leaves.get("alpha")
+    if "oft_blocks" in leaves and alpha is not None and float(alpha.float().flatten()[0]) == 0:
+        leaves["oft_blocks"] = torch.zeros_like(leaves["oft_blocks"])
+
+
+def _fold_scalar(leaves: dict[str, Tensor]) -> None:
+    """LyCORIS before July 2023 kept a factor apart: it belongs to one of the low-rank halves."""
+    scalar = leaves.pop("scalar", None)
+    for leaf in ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a"):
+        if scalar is not None and leaf in leaves:
+            leaves[leaf] = leaves[leaf].float() * scalar.float().flatten()[0]
+
+
+def _build(leaves: Mapping[str, Tensor], shape: Sequence[int]) -> Adapter:
+    """The adapter of a site's leaves. Raises ValueError, with a plain sentence, where they do not fit the weight."""
+    for name, tensor in leaves.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} is empty")
+        if name == "alpha" and any(leaf.startswith("lokr") for leaf in leaves):
+            continue  # "dim 100000" is infinite in fp16, and means nothing
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise ValueError(f"{name} holds values that are not numbers (NaN or infinity)")
+    try:
+        adapter = read_forms(leaves, shape)
+    except (RuntimeError, IndexError, KeyError) as error:
+        # Tensors of a shape that no writer makes: torch itself finds that they do not multiply.
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in leaves.items())
+        raise ValueError(f"its tensors do not fit a weight of {tuple(shape)}: {shapes}") from error
+    return adapter
+
+
+def _shape(module: nn.Module) -> tuple[int, ...]:
+    weight = module.weight
+    if not isinstance(weight, Tensor):
+        raise ValueError("the model's layer has no weight")
+    return tuple(weight.shape)
+
+
+def _without_bias(site: Site, module: nn.Module) -> tuple[dict[str, Tensor], Unmatched]:
+    """A site's leaves without those for a bias that the model's layer lacks."""
+    if module.bias is not None:
+        return site.leaves, []
+    unused = [(f"{site.key}.{leaf}", "the model's layer has no bias") for leaf in _BIASES if leaf in site.leaves]
+    return {leaf: tensor for leaf, tensor in site.leaves.items() if leaf not in _BIASES}, unused
+
+
+def _no_layer(site: Site, parts: Parts) -> str:
+    if site.part not in parts:
+        return f"the model has no {_PART_NAMES.get(site.part, site.part)}"
+    return f"the model's {_PART_NAMES[site.part]} has no such layer"
