@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ class TrainingFacts:
     description: str = ""
     author: str = ""
     license: str = ""
-    tags: tuple[str, ...] = ()
+    keywords: tuple[str, ...] = ()
     rank: int | None = None
     alpha: float | None = None
     conv_rank: int | None = None
@@ -54,18 +55,20 @@ class TrainingFacts:
     max_tokens: int = 77
     learning_rate: float = 0.0
     text_learning_rate: float = 0.0
+    trains_text: bool = False
     steps: int = 0
-    planned_steps: int = 0
-    epochs: int = 0
+    total_steps: int = 0
+    """Planned; `steps` were taken."""
+    epochs: float = 0.0
     batch: int = 1
     accumulation: int = 1
     processes: int = 1
     warmup_steps: int = 0
     seed: int = 0
     optimizer: str = ""
-    scheduler: str = ""
+    schedule: str = ""
     mixed_precision: str = "no"
-    clip_norm: float = 0.0
+    clip: float = 0.0
     gradient_checkpointing: bool = False
     min_snr_gamma: float = 0.0
     noise_offset: float = 0.0
@@ -76,10 +79,11 @@ class TrainingFacts:
     keep_tokens: int = 0
     flip: bool = False
     pictures: int = 0
-    held_out_pictures: int = 0
+    held_out: int = 0
     class_pictures: int = 0
     repeats: int = 1
-    tag_frequency: Mapping[str, int] = field(default_factory=dict)
+    tags: Mapping[str, int] = field(default_factory=dict)
+    """Tag or caption -> how many pictures have it."""
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(width, height) -> pictures."""
     started_at: float = 0.0
@@ -142,19 +146,19 @@ def _training(facts: TrainingFacts) -> dict[str, str]:
         "ss_training_finished_at": facts.finished_at,
         "ss_learning_rate": facts.learning_rate,
         "ss_unet_lr": facts.learning_rate,
-        "ss_text_encoder_lr": facts.text_learning_rate or None,
+        "ss_text_encoder_lr": facts.text_learning_rate if facts.trains_text else None,
         "ss_steps": facts.steps,
-        "ss_max_train_steps": facts.planned_steps or facts.steps,
-        "ss_num_epochs": facts.epochs,
-        "ss_epoch": facts.epochs,
+        "ss_max_train_steps": facts.total_steps or facts.steps,
+        "ss_num_epochs": math.ceil(facts.epochs),
+        "ss_epoch": math.ceil(facts.epochs),
         "ss_lr_warmup_steps": facts.warmup_steps,
-        "ss_lr_scheduler": facts.scheduler,
+        "ss_lr_scheduler": facts.schedule,
         "ss_optimizer": facts.optimizer,
         "ss_seed": facts.seed,
         "ss_mixed_precision": facts.mixed_precision,
         "ss_gradient_checkpointing": facts.gradient_checkpointing,
         "ss_gradient_accumulation_steps": facts.accumulation,
-        "ss_max_grad_norm": facts.clip_norm,
+        "ss_max_grad_norm": facts.clip,
         "ss_batch_size_per_device": facts.batch,
         "ss_total_batch_size": facts.batch * facts.processes * facts.accumulation,
         "ss_min_snr_gamma": facts.min_snr_gamma or None,
@@ -177,7 +181,7 @@ def _data(facts: TrainingFacts, folder: str) -> dict[str, str]:
     }
     values: dict[str, object] = {
         "ss_num_train_images": facts.pictures * facts.repeats,
-        "ss_num_validation_images": facts.held_out_pictures,
+        "ss_num_validation_images": facts.held_out,
         "ss_num_reg_images": facts.class_pictures,
         "ss_resolution": facts.resolution,
         "ss_shuffle_caption": facts.shuffle_captions,
@@ -187,7 +191,7 @@ def _data(facts: TrainingFacts, folder: str) -> dict[str, str]:
     }
     return {key: str(value) for key, value in values.items()} | {
         "ss_dataset_dirs": json.dumps({folder: {"n_repeats": facts.repeats, "img_count": facts.pictures}}),
-        "ss_tag_frequency": json.dumps({folder: dict(facts.tag_frequency)}, ensure_ascii=False),
+        "ss_tag_frequency": json.dumps({folder: dict(facts.tags)}, ensure_ascii=False),
         "ss_bucket_info": json.dumps({"buckets": buckets}),
     }
 
@@ -203,7 +207,7 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
         "description": facts.description,
         "author": facts.author,
         "license": facts.license,
-        "tags": ", ".join(facts.tags),
+        "tags": ", ".join(facts.keywords),
         "encoder_layer": str(facts.clip_skip + 1) if facts.clip_skip else "",
         "implementation_version": f"{facts.software} {facts.software_version}".strip(),
     }
