@@ -11,7 +11,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,10 +22,13 @@ from reparam_diffusion.errors import UserError
 SCHEMA = 1
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
-AnySpec = Annotated[  # type: ignore[valid-type]  # the union is what is registered
-    Union[tuple(method.spec for method in METHODS.values())],  # noqa: UP007
-    Field(discriminator="method"),
-]
+if TYPE_CHECKING:
+    AnySpec = Spec
+else:  # a checker cannot know which methods are registered
+    AnySpec = Annotated[
+        Union[tuple(method.spec for method in METHODS.values())],  # noqa: UP007
+        Field(discriminator="method"),
+    ]
 
 
 class Settings(BaseModel):
@@ -211,7 +214,7 @@ def _over(base: dict[str, Any], layer: Partial) -> dict[str, Any]:
 def _told(error: ValidationError, given: Partial) -> UserError:
     """pydantic's complaint in a person's words, with the place and, for unknown keys, the nearest known one."""
     first = error.errors()[0]
-    words = [str(word) for word in first["loc"] if word not in METHODS or first["loc"][0] != "adapter"]
+    words = _place_of(first["loc"])
     place = ".".join(words)
     if first["type"] == "extra_forbidden":
         known = _known_keys(words[:-1], given)
@@ -238,6 +241,11 @@ def _told(error: ValidationError, given: Partial) -> UserError:
         "bool_parsing": "must be true or false",
         "bool_type": "must be true or false",
         "literal_error": "must be one of {expected}",
+        "string_type": "must be text, in quotes",
+        "list_type": "must be a list",
+        "model_type": "must be a group of settings",
+        "model_attributes_type": "must be a group of settings",
+        "missing": "must be given",
     }
     template = words_for.get(first["type"])
     message = template.format(**context) if template else first["msg"][0].lower() + first["msg"][1:]
@@ -246,13 +254,25 @@ def _told(error: ValidationError, given: Partial) -> UserError:
     return UserError(f"{place}: {message}{shown}.", place=place)
 
 
+def _place_of(loc: tuple[int | str, ...]) -> list[str]:
+    """pydantic's path without what is not in the file: the method's name in a union, and a union's member type."""
+    words: list[str] = []
+    for number, word in enumerate(loc):
+        is_tag = number > 0 and loc[number - 1] == "adapter" and word in METHODS
+        is_type = isinstance(word, str) and (word in ("str", "float", "int") or "[" in word)
+        if not is_tag and not is_type:
+            words.append(str(word))
+    return words
+
+
 def _known_keys(path: Sequence[str], given: Partial) -> list[str]:
     """The settings that exist at a place."""
     model: type[BaseModel] = TrainConfig
+    here: Any = given  # Any: nested settings as TOML gives them
     for word in path:
+        here = here[int(word)] if isinstance(here, list) else here.get(word)
         if word == "adapter":
-            adapter = given.get("adapter")
-            method = adapter.get("method", "lora") if isinstance(adapter, Mapping) else "lora"
+            method = here.get("method", "lora") if isinstance(here, Mapping) else "lora"
             model = METHODS[method].spec
         elif word in model.model_fields:
             annotation = model.model_fields[word].annotation
@@ -270,13 +290,18 @@ def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise UserError(f'"{assignment}" sets nothing.', do='Write it as key=value, such as "adapter.rank=8".')
         try:
-            value = tomllib.loads(f"value = {text.strip()}")["value"]
+            parsed = tomllib.loads(f"value = {text.strip()}")
+            value = parsed["value"] if len(parsed) == 1 else text.strip()
         except tomllib.TOMLDecodeError:
             value = text.strip()
         spot = overrides
         *groups, last = key.strip().split(".")
         for group in groups:
             spot = spot.setdefault(group, {})
+            if not isinstance(spot, dict):
+                raise UserError(
+                    f'"{assignment}" cannot be set.', f"{group} was given a value before.", place=key.strip()
+                )
         spot[last] = value
     return overrides
 
@@ -329,4 +354,4 @@ def _table(settings: BaseModel, values: dict[str, Any]) -> Any:  # Any: tomlkit'
 
 def spec_of(method: str, **settings: Any) -> Spec:  # Any: each method's own fields
     """A method's Spec from settings by name."""
-    return TypeAdapter(AnySpec).validate_python({"method": method, **settings})  # type: ignore[no-any-return]
+    return TypeAdapter(AnySpec).validate_python({"method": method, **settings})

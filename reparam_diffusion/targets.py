@@ -102,6 +102,7 @@ def plan_sites(
     last_layers = last_layers or {}
     sites: list[SitePlan] = []
     used = set()
+    _check_globs(parts, targets)
     for part, wanted in targets.items():
         for site in sites_of(part, parts[part], wanted, last_layer=last_layers.get(part)):
             module = parts[part].get_submodule(site.partition(".")[2])
@@ -117,23 +118,38 @@ def plan_sites(
             plan = METHODS[chosen.method].plan(chosen, tuple(weight.shape), groups)
             sites.append(SitePlan(site, chosen.method, plan, tuple(weight.shape), groups))
     if not sites:
-        raise UserError("No layer of the model matches the targets.", _nearest(parts, targets), "Try attention+mlp.")
+        raise UserError("No layer of the model is a target.", "", "Try attention+mlp.", place="targets")
     for number, (glob, _) in enumerate(rules):
         if number not in used:
+            shadowed = any(fnmatch.fnmatchcase(planned.site, glob) for planned in sites)
             raise UserError(
-                f'The rule "{glob}" matches no targeted layer.',
-                "Rules only choose among the layers that the targets name.",
-                "Mend the rule, or widen the targets.",
-                place="targets.rules",
+                f'The rule "{glob}" matches no targeted layer' + (" that is left." if shadowed else "."),
+                "Earlier rules take all of its layers."
+                if shadowed
+                else "Rules only choose among the layers that the targets name.",
+                "Put it first, or leave it out." if shadowed else "Mend the rule, or widen the targets.",
+                place=f"targets.rules.{number}.match",
             )
     return sites
 
 
-def _nearest(parts: Parts, targets: Mapping[str, str | Sequence[str]]) -> str:
-    asked = next((str(value) for value in targets.values() if value != "none"), "none")
-    names = [f"{part}.{path}" for part, model in parts.items() for path, m in model.named_modules() if can_carry(m)]
-    close = difflib.get_close_matches(asked, names, 1, 0.0)
-    return f'"{asked}" was asked for; the nearest layer is called "{close[0]}".' if close else ""
+def _check_globs(parts: Parts, targets: Mapping[str, str | Sequence[str]]) -> None:
+    """Raise UserError for a glob that fits no layer, naming the nearest set or layer."""
+    for part, wanted in targets.items():
+        if isinstance(wanted, str) and wanted in UNET_SETS + TEXT_SETS:
+            continue
+        layers = [f"{part}.{path}" for path, module in parts[part].named_modules() if can_carry(module)]
+        for glob in [wanted] if isinstance(wanted, str) else wanted:
+            if any(fnmatch.fnmatchcase(layer, glob) for layer in layers):
+                continue
+            sets = UNET_SETS if part == "unet" else TEXT_SETS
+            close = difflib.get_close_matches(glob, [*sets, *layers], 1, 0.0)
+            raise UserError(
+                f'No layer matches the target "{glob}".',
+                f'The nearest name is "{close[0]}".' if close else "",
+                f"Choose {', '.join(sets)}, or mend the glob; a layer's name begins with {part}.",
+                place="targets.unet" if part == "unet" else "targets.text_encoder",
+            )
 
 
 def build_adapters(parts: Parts, sites: Sequence[SitePlan], *, seed: int) -> dict[str, Adapter]:

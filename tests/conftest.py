@@ -11,7 +11,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Every run draws the same examples, so that a red build is red for everybody. `--hypothesis-profile=explore` draws anew.
+# Every run draws the same examples, so a red build is red for everybody. `--hypothesis-profile=explore` draws anew.
 SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors]
 settings.register_profile("same", derandomize=True, deadline=None, max_examples=60, suppress_health_check=SLOW)
 settings.register_profile("explore", deadline=None, max_examples=300, suppress_health_check=SLOW)

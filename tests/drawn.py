@@ -1,4 +1,4 @@
-"""Drawn cases: ugly shapes, and settings read off each method's Spec, so that a new method joins every law by itself."""
+"""Drawn cases: ugly shapes, and settings read off each method's Spec, so a new method joins every law by itself."""
 
 from __future__ import annotations
 
@@ -135,5 +135,3 @@ def fill(adapter: Adapter, chance: torch.Generator) -> None:
         parameter.data.normal_(generator=chance).mul_(0.5)
     if adapter.magnitude is not None:
         adapter.magnitude.data.abs_().add_(0.2)
-
-

@@ -55,7 +55,7 @@ def test_a_second_attach_extends_the_hook_and_either_can_go_first() -> None:
         one, two = attach({"m": model}, adapters_of(model, "lora")), attach({"m": model}, adapters_of(model, "lokr"))
         injections = [one, two]
         alone = {}
-        for number, injection in enumerate(injections):
+        for number in (0, 1):
             injections[1 - number].set_strength(0.0)
             alone[number] = model(PICTURE)
             injections[1 - number].set_strength(1.0)

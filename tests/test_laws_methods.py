@@ -135,9 +135,7 @@ def test_input_rotation_keeps_the_angles_between_neurons(layer: Layer, size: int
     """W Wᵀ within a group of a convolution: the cosines between the rows of W."""
     adapter, weight = adapter_for(layer, OftSpec(block_size=size, side="input")), layer.build().weight
     turned = weight + adapter.delta(weight)
-    for before, after in zip(
-        weight.flatten(1).chunk(layer.groups), turned.flatten(1).chunk(layer.groups), strict=True
-    ):
+    for before, after in zip(weight.flatten(1).chunk(layer.groups), turned.flatten(1).chunk(layer.groups), strict=True):
         torch.testing.assert_close(after @ after.T, before @ before.T)
 
 

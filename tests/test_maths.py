@@ -86,7 +86,14 @@ def test_factorization_is_lycoriss(dimension: int, factor: int) -> None:
 
 @pytest.mark.parametrize(
     ("dimension", "factor", "pair"),
-    [(320, -1, (16, 20)), (320, 4, (4, 80)), (320, 8, (8, 40)), (768, -1, (24, 32)), (1280, -1, (32, 40)), (12, 8, (3, 4))],
+    [
+        (320, -1, (16, 20)),
+        (320, 4, (4, 80)),
+        (320, 8, (8, 40)),
+        (768, -1, (24, 32)),
+        (1280, -1, (32, 40)),
+        (12, 8, (3, 4)),
+    ],
 )
 def test_factorization_of_layers_in_use(dimension: int, factor: int, pair: tuple[int, int]) -> None:
     assert factorization(dimension, factor) == pair

@@ -94,6 +94,8 @@ class Adalora(Adapter):
     def tensors(self) -> dict[str, Tensor]:
         """The LoRA it equals: live ranks only, halves balanced, alpha 1 with the scale folded in; empty at rank 0."""
         keep = self.values.detach() != 0
+        if not bool(keep.any()):  # not trained yet: the ranks it has, at zero
+            keep = self.alive
         rank = int(keep.sum())
         if rank == 0:
             return {}

@@ -112,7 +112,7 @@ class Host:
 class Adapter(nn.Module):
     """The parameters of one site and what they do to its weight.
 
-    A subclass gives `update` (ΔW without weight decomposition), and where it is cheaper than a dense product, `quick` or
+    A subclass gives `update` (ΔW without weight decomposition), and where cheaper than a dense product, `quick` or
     `shift`. Everything public is exact and equal to the host's operation with `delta`.
     """
 

@@ -6,6 +6,7 @@ Inputs is the paper's and PEFT's: R = (I − Q)(I + Q)⁻¹, which keeps the ang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -15,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from reparam_diffusion.adapters.base import Adapter, Host, Method, Plan, Shape, Spec, alpha_of, register
-from reparam_diffusion.maths.kronecker import factorization, largest_divisor
+from reparam_diffusion.maths.kronecker import largest_divisor
 from reparam_diffusion.maths.orthogonal import (
     cayley_turn,
     clipped,
@@ -155,16 +156,19 @@ class Oft(Adapter):
 
 
 def plan_oft(spec: OftSpec, shape: Shape, groups: int) -> OftPlan:
-    """Blocks that divide the side evenly; on the outputs, LyCORIS's rule: their size is at most their number."""
+    """Blocks that divide the side evenly; on the outputs, as readers want it: their size is at most their number."""
     if spec.side == "output":
-        size, blocks = factorization(shape[0] // groups, spec.block_size)
-        blocks *= groups
+        rows = shape[0] // groups
+        size = largest_divisor(rows, min(spec.block_size, math.isqrt(rows)))
+        blocks = shape[0] // size
         limit = spec.constraint * shape[0]
     else:
         size = largest_divisor(shape[1], spec.block_size)
         blocks = shape[1] * groups // size
         limit = spec.constraint * shape[1] * groups
-    note = "" if size == spec.block_size else f"block size {spec.block_size} does not divide here; {size} is used"
+    note = "" if size == spec.block_size else f"block size {spec.block_size} does not fit here; {size} is used"
+    if size == 1:
+        note += ", which leaves the layer as it is"
     return OftPlan(block_size=size, blocks=blocks, side=spec.side, limit=limit, note=note)
 
 
