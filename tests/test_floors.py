@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
     "errors": 0, "events": 0, "maths": 1, "adapters": 2, "targets": 3, "inject": 3, "formats": 4, "models": 4,
     "config": 5, "data": 5, "apply": 5, "train": 6, "gallery": 6, "jobs": 7, "__main__": 7, "ui": 8, "app": 8,
+    "__version__": 0,
 }  # fmt: skip
 FILES = sorted(f for f in [*ROOT.glob("reparam_diffusion/**/*.py"), *ROOT.glob("ui/**/*.py"), *ROOT.glob("app.py")])
 

@@ -181,6 +181,7 @@ def test_an_adalora_file_is_the_lora_of_its_live_ranks() -> None:
     assert float(tensors["alpha"]) == 1.0
     torch.testing.assert_close(delta(of_file(tensors, adapter.shape), SQUARE), delta(adapter, SQUARE))
     adapter.values.data.zero_()
+    adapter.alive.zero_()
     assert adapter.tensors() == {}, "a layer without a rank is left out of the file"
 
 
