@@ -7,10 +7,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from reparam_diffusion import __version__
 from reparam_diffusion.config import TrainConfig, to_toml
 from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.precision import name_of
+from reparam_diffusion.train.batch import trains_text
 from reparam_diffusion.train.learner import Learner
 from reparam_diffusion.train.prepare import Material
 
@@ -56,47 +61,57 @@ def training_facts(
     numbers: dict[str, Any] = spec.model_dump()
     rank = numbers.get("rank") or numbers.get("init_rank") or numbers.get("block_size") or 0
     dataset = material.dataset
-    sizes = Counter(item.size for item in dataset.train)
     words: Counter[str] = Counter(tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip())
     return TrainingFacts(
         name=title_of(config),
+        method=spec.method,
+        family=model.family,
         trigger=data.trigger,
         class_word=data.class_word,
-        method=spec.method,
+        title=title_of(config),
         rank=rank,
-        alpha=float(numbers.get("alpha", 1.0)),
-        network_args={key: value for key, value in numbers.items() if key != "method"},
+        alpha=numbers.get("alpha"),
+        conv_rank=numbers.get("conv_rank") or None,
+        conv_alpha=numbers.get("conv_alpha") or None,
+        dropout=numbers.get("dropout"),
+        network_args={key: value for key, value in numbers.items() if key not in ("method", "rank", "alpha")},
         base_model=model.name,
-        family=model.family,
         is_v_prediction=model.prediction_type == "v_prediction",
         resolution=(data.resolution or model.size, data.resolution or model.size),
         clip_skip=config.model.clip_skip,
+        max_tokens=model.tokenizers[0].model_max_length,
         learning_rate=training.learning_rate,
-        text_learning_rate=training.text_learning_rate or training.learning_rate / 2,
-        trains_text="te1" in {site.partition(".")[0] for site in learner.adapters},
+        text_learning_rate=(training.text_learning_rate or training.learning_rate / 2) if trains_text(config) else 0.0,
+        trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
         epochs=step * training.batch * training.accumulation / max(1, len(dataset.train) * dataset.repeats),
         batch=training.batch,
         accumulation=training.accumulation,
+        processes=learner.processes.ranks,
+        warmup_steps=round(training.warmup * training.steps),
         seed=training.seed,
         optimizer=training.optimizer,
         schedule=training.schedule,
-        warmup_steps=round(training.warmup * training.steps),
+        mixed_precision="no" if model.dtype == torch.float32 else name_of(model.dtype),
+        clip=training.clip,
         gradient_checkpointing=training.gradient_checkpointing,
         min_snr_gamma=training.min_snr_gamma,
         noise_offset=training.noise_offset,
-        clip=training.clip,
+        zero_terminal_snr=bool(model.scheduler.config.get("rescale_betas_zero_snr", False)),
+        caption_dropout=data.caption_dropout,
         prior_weight=config.prior.weight,
-        class_pictures=len(material.class_items),
+        shuffle_captions=data.shuffle_tags,
+        keep_tokens=data.keep_tags,
+        flip=data.flip,
         pictures=len(dataset.train),
         held_out=len(dataset.held_out),
+        class_pictures=len(material.class_items),
         repeats=data.repeats,
-        flip=data.flip,
-        caption_dropout=data.caption_dropout,
         tags=dict(words),
-        buckets={size: count for size, count in sizes.items()},
+        buckets=dict(Counter(item.size for item in dataset.train)),
         started_at=begun or 0.0,
         finished_at=time.time() if begun else 0.0,
+        software_version=__version__,
         config_toml=to_toml(config),
     )

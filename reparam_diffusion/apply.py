@@ -1,0 +1,130 @@
+"""Adapter files on a loaded model: applied live with an adjustable strength, or merged for the time of a drawing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.inject import Injection, attach, merged
+from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.sample import draw
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+AdapterChoice = tuple[str | Path, float] | tuple[str | Path, float, float | None] | str | Path
+"""A file or PEFT folder; with a strength; with a strength for the UNet and another for the text encoders."""
+
+
+class Applied:
+    """An adapter on a model. A context manager: leaving it takes the adapter off."""
+
+    def __init__(self, injection: Injection, unmatched: list[tuple[str, str]]) -> None:
+        self._injection = injection
+        self.unmatched = unmatched
+        """(key, why) of what the file holds and this model cannot take."""
+
+    @property
+    def sites(self) -> list[str]:
+        """The layers that are changed."""
+        return list(self._injection.adapters)
+
+    def set_strength(self, strength: float, te_strength: float | None = None, *, match: str = "*") -> None:
+        """Change the strength now; `te_strength` None means the same for the text encoders. `match` limits the sites."""
+        if match != "*":
+            self._injection.set_strength(strength, match=match)
+            return
+        self._injection.set_strength(strength, match="unet.*")
+        self._injection.set_strength(strength if te_strength is None else te_strength, match="te[12].*")
+
+    def remove(self) -> None:
+        """Take the adapter off; the model is as it was."""
+        self._injection.remove()
+
+    def __enter__(self) -> Applied:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def apply_adapter(
+    model: Model, file_or_folder: str | Path, *, strength: float = 1.0, te_strength: float | None = None
+) -> Applied:
+    """Put an adapter on a model. Nothing of the base is changed: the model computes W + strength · ΔW.
+
+    Raises UserError when the file cannot be read or nothing in it fits the model.
+    """
+    adapters, unmatched = bind(model, file_or_folder)
+    applied = Applied(attach(model.parts, adapters), unmatched)
+    applied.set_strength(strength, te_strength)
+    return applied
+
+
+def bind(model: Model, file_or_folder: str | Path) -> tuple[dict[str, Adapter], list[tuple[str, str]]]:
+    """The adapters of a file by the model's own layers, and what did not fit with the reason."""
+    file = read_adapter(file_or_folder)
+    adapters, unmatched = file.match(model.parts)
+    if not adapters:
+        key, why = unmatched[0] if unmatched else ("", "it is empty")
+        raise UserError(
+            f"{Path(file_or_folder).name} does not fit this base model.",
+            f"None of its layers match: {key}: {why}" if key else f"None of its layers match: {why}.",
+            "Use it with the base model it was made for.",
+        )
+    return adapters, unmatched
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    *,
+    adapters: Sequence[AdapterChoice] = (),
+    negative: str | None = None,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    count: int = 1,
+    clip_skip: int = 0,
+    on_step: Callable[[int, int], bool] | None = None,
+) -> list[Image]:
+    """`count` pictures from seeds seed, seed + 1, …, with the adapters merged in for the time of the drawing.
+
+    Steps, guidance and negative prompt default to the model's own. `on_step(done, total)` may return True to cancel.
+    """
+    if not prompt.strip():
+        raise UserError("The prompt is empty.", do="Say what to draw.")
+    if count < 1:
+        raise UserError("The number of pictures must be at least 1.")
+    weighted = [_weighted(model, choice) for choice in adapters]
+    with merged(model.parts, weighted):
+        return draw(
+            model,
+            prompt,
+            negative=negative,
+            seeds=range(seed, seed + count),
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            clip_skip=clip_skip,
+            on_step=on_step,
+        )
+
+
+def _weighted(model: Model, choice: AdapterChoice) -> tuple[Mapping[str, Adapter], Callable[[str], float]]:
+    if isinstance(choice, str | Path):
+        choice = (choice, 1.0)
+    path, strength = choice[0], choice[1]
+    text = choice[2] if len(choice) == 3 and choice[2] is not None else strength
+    adapters, _ = bind(model, path)
+    return adapters, lambda site: strength if site.startswith("unet.") else text
