@@ -211,7 +211,9 @@ def merged(parts: Parts, weighted: Sequence[tuple[Mapping[str, Adapter], Callabl
     finally:
         for module, weight, bias in originals.values():
             module.weight.data = weight  # type: ignore[union-attr]  # a Host's weight is a Parameter
-            if bias is not None:
+            if bias is None:
+                module.bias = None  # type: ignore[assignment]
+            else:
                 module.bias.data = bias  # type: ignore[union-attr]
 
 
@@ -234,11 +236,15 @@ def _merge_site(host: Host, changes: Sequence[tuple[Adapter, float]]) -> None:
         adapter.to(weight.device)
     change = sum_of(adapter.delta(weight) * strength for adapter, strength in changes)
     host.weight.data = (at_least_float(weight) + change).to(weight.dtype)
-    if bias is None or host.bias is None:
-        return
-    moved = at_least_float(bias)
+    added: list[Tensor] = []
     for adapter, strength in changes:
-        added = adapter.delta_bias(bias)
-        if added is not None:
-            moved = moved + strength * added
-    host.bias.data = moved.to(bias.dtype)
+        moved = adapter.delta_bias(bias)
+        if moved is not None:
+            added.append(moved * strength)
+    if not added:
+        return
+    total = sum_of(iter(added))
+    if host.bias is None or bias is None:  # a foreign file may bring a bias of its own; `merged` takes it off again
+        host.module.bias = nn.Parameter(total.to(weight.dtype), requires_grad=False)
+    else:
+        host.bias.data = (at_least_float(bias) + total).to(bias.dtype)

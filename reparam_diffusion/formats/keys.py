@@ -40,8 +40,8 @@ LEAVES = {
     "lora.up.weight": "lora_up.weight",
     "lora_linear_layer.up.weight": "lora_up.weight",
     "lora_B.bias": "lora_up.bias",
-    "lora_magnitude_vector": "dora_scale",
-    "lora_magnitude_vector.weight": "dora_scale",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
 }
 """Other spellings of a leaf -> the one that adapters read."""
 

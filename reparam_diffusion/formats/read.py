@@ -27,7 +27,6 @@ PADDING = "reparam_padding"
 _PART_NAMES = {"unet": "UNet", "te1": "text encoder", "te2": "second text encoder"}
 _LISTED = ("lora", "loha", "lokr", "oft", "adalora", "full", "norm", "ia3", "glora", "boft")
 """Forms whose leaves are all in `keys.KNOWN`; a method that is added later takes any leaf."""
-_BIASES = ("diff_b", "b_norm", "lora_up.bias")
 
 
 @dataclass
@@ -78,6 +77,7 @@ class AdapterFile:
     def method(self) -> str:
         """The method's name; "mixed" where layers differ."""
         kinds = {site.kinds()[0] for site in self._sites.values()}
+        kinds = kinds - {"norm"} or kinds  # norms come along with other methods
         return kinds.pop() if len(kinds) == 1 else "mixed"
 
     @property
@@ -118,10 +118,8 @@ class AdapterFile:
             else:
                 part, _, path = live.partition(".")
                 module = parts[part].get_submodule(path)
-                leaves, unused = _without_bias(site, module)
-                left += unused
                 try:
-                    found[live] = _build(leaves, _shape(module))
+                    found[live] = _build(site.leaves, _shape(module))
                 except ValueError as error:
                     left.append((site.key, str(error)))
         return found, left
@@ -183,6 +181,8 @@ def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
     elif piece.metadata.get("ss_network_module") == "networks.oft":
         _settle_kohya_oft(site.leaves)
     _fold_scalar(site.leaves)
+    if "magnitude" in site.leaves:  # PEFT's, always per output, though (1, out, 1, 1) for convolutions
+        site.leaves["dora_scale"] = site.leaves.pop("magnitude").flatten()
     kinds = site.kinds()
     if not kinds:
         names = ", ".join(site.leaves)
@@ -232,14 +232,6 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
     if not isinstance(weight, Tensor):
         raise ValueError("the model's layer has no weight")
     return tuple(weight.shape)
-
-
-def _without_bias(site: Site, module: nn.Module) -> tuple[dict[str, Tensor], Unmatched]:
-    """A site's leaves without those for a bias that the model's layer lacks."""
-    if module.bias is not None:
-        return site.leaves, []
-    unused = [(f"{site.key}.{leaf}", "the model's layer has no bias") for leaf in _BIASES if leaf in site.leaves]
-    return {leaf: tensor for leaf, tensor in site.leaves.items() if leaf not in _BIASES}, unused
 
 
 def _no_layer(site: Site, parts: Parts) -> str:
