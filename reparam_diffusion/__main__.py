@@ -1,0 +1,286 @@
+"""The command line: train, resume, stop, generate, inspect, methods. Errors are told in a sentence; exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reparam_diffusion.errors import UserError
+
+if TYPE_CHECKING:
+    from reparam_diffusion.events import Event
+
+app = typer.Typer(
+    name="reparam_diffusion",
+    help="Train, try and export adapters (LoRA, LoHa, LoKr, OFT, AdaLoRA) for Stable Diffusion models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Workspace = Annotated[Path, typer.Option(help="Folder for runs, adapters and pictures.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON line an event instead of a progress bar.")]
+
+
+@app.command()
+def train(
+    images: Annotated[str, typer.Option(help="Folder of pictures (captions in .txt files beside them are used).")] = "",
+    trigger: Annotated[str, typer.Option(help='The made-up word that calls it, such as "sks".')] = "",
+    class_word: Annotated[str, typer.Option(help='What it is, such as "toy".')] = "",
+    preset: Annotated[str, typer.Option(help="A preset's name or a .toml file.")] = "",
+    model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a .safetensors file or a hub id.')] = "",
+    name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
+    workspace: Workspace = Path("workspace"),
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be trained: layers, numbers, file size.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter on a folder of pictures. Ctrl-C stops and keeps what was learned."""
+    from datetime import datetime
+
+    from reparam_diffusion import config as c
+    from reparam_diffusion.jobs.runs import create_run
+    from reparam_diffusion.jobs.worker import work
+
+    given = {
+        "data.images": images,
+        "data.trigger": trigger,
+        "data.class_word": class_word,
+        "model.path": model,
+        "output.name": name,
+    }
+    flags: dict[str, Any] = {}
+    for key, value in given.items():
+        if value:
+            group, _, field = key.partition(".")
+            flags.setdefault(group, {})[field] = value
+    config = c.settle(c.find_preset(preset) if preset else {}, flags, c.parse_set(settings or []))
+    if not config.data.images:
+        raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
+    if dry_run:
+        _say_plan(config)
+        return
+    folder = create_run(config, workspace, now=datetime.now())
+    _follow(work(folder), folder, as_json=as_json)
+
+
+@app.command()
+def resume(run: str, workspace: Workspace = Path("workspace"), as_json: Json = False) -> None:
+    """Go on with a run from its last checkpoint."""
+    from reparam_diffusion.jobs.worker import work
+
+    folder = _run_folder(run, workspace)
+    _follow(work(folder, resume=True), folder, as_json=as_json)
+
+
+@app.command()
+def stop(
+    run: str,
+    workspace: Workspace = Path("workspace"),
+    pause: Annotated[bool, typer.Option(help="Only save its place; no adapter is made.")] = False,
+) -> None:
+    """Ask a run to stop: it saves its adapter and ends; it can be resumed."""
+    from reparam_diffusion.jobs.runs import ask, state_of
+
+    folder = _run_folder(run, workspace)
+    if not state_of(folder).is_live:
+        raise UserError(f"The run {folder.name} is not running.", f"It is {state_of(folder).state}.")
+    ask(folder, "pause" if pause else "stop")
+    typer.echo(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw; <lora:name:0.8> calls an adapter of the gallery.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="FILE[:strength[:te_strength]] or a gallery name, repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a file or a hub id.')] = "starter",
+    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=100, help="How strictly the prompt is obeyed.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures.")] = 1,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A .png file, or a folder.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    workspace: Workspace = Path("workspace"),
+    as_json: Json = False,
+) -> None:
+    """Draw pictures, with any number of adapters at any strength."""
+    from reparam_diffusion.apply import generate as make
+    from reparam_diffusion.gallery.images import save_pictures
+    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.models.load import load_model
+    from reparam_diffusion.models.sample import split_tags
+
+    text, tags = split_tags(prompt)
+    chosen = [_adapter_choice(one, workspace) for one in adapter or []]
+    chosen += [(find(tag, workspace), strength, te) for tag, strength, te in tags]
+    base = load_model(model, device=device)
+    with _bar("Drawing", (steps or base.habits.steps) * count) as advance:
+        pictures = make(
+            base,
+            text,
+            adapters=chosen,
+            negative=negative,
+            seed=seed,
+            steps=steps,
+            guidance=guidance,
+            count=count,
+            width=width,
+            height=height,
+            on_step=lambda done, total: advance(done, total),
+        )
+    facts = {
+        "steps": steps or base.habits.steps,
+        "guidance": base.habits.guidance if guidance is None else guidance,
+        "model": base.name,
+        "negative": base.habits.negative if negative is None else negative,
+        "adapters": [(Path(path).stem, strength, te) for path, strength, te in chosen],
+    }
+    for path in save_pictures(pictures, text, seed=seed, facts=facts, out=out, workspace=workspace):
+        typer.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
+
+
+@app.command()
+def inspect(
+    file: str,
+    model: Annotated[str, typer.Option(help="Also try the file on this base model.")] = "",
+    workspace: Workspace = Path("workspace"),
+    as_json: Json = False,
+) -> None:
+    """Say what an adapter file holds: method, base, ranks, layers, trigger, and keys that match nothing."""
+    from reparam_diffusion.gallery.report import report_lines, report_of
+    from reparam_diffusion.gallery.shelf import find
+
+    path = Path(file) if Path(file).exists() else find(file, workspace)
+    report = report_of(path, model or None)
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(report_lines(report)))
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the adapter methods and their settings."""
+    from reparam_diffusion.adapters import METHODS
+
+    if as_json:
+        typer.echo(json.dumps({name: method.spec.model_json_schema() for name, method in METHODS.items()}, indent=1))
+        return
+    for name, method in METHODS.items():
+        typer.echo(f"{name}  ({method.title}) {method.summary}")
+        for field, info in method.spec.model_fields.items():
+            if field != "method":
+                typer.echo(f"    adapter.{field} = {info.default}   {info.description}")
+
+
+@app.command()
+def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> None:
+    """Train the bundled teddy and draw it before and after, in about a minute."""
+    from reparam_diffusion.jobs.demo import run_demo
+
+    grid, adapter, seconds = run_demo(workspace, preset=preset)
+    typer.echo(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
+
+
+def _run_folder(run: str, workspace: Path) -> Path:
+    """A run by its folder, its name, or "last"."""
+    from reparam_diffusion.jobs.runs import list_runs
+
+    if (Path(run) / "config.toml").is_file():
+        return Path(run)
+    known = list_runs(workspace)
+    for folder in known:
+        if folder.name == run or run == "last":
+            return folder
+    names = ", ".join(folder.name for folder in known[:5]) or "none yet"
+    raise UserError(f'There is no run called "{run}" in {workspace}.', f"The newest are: {names}.")
+
+
+def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
+    """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
+    from reparam_diffusion.gallery.shelf import find
+
+    words = text.split(":")
+    numbers: list[float] = []
+    while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
+        numbers.insert(0, float(words.pop()))
+    name = ":".join(words)
+    path = Path(name) if Path(name).exists() else find(name, workspace)
+    return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _say_plan(config: Any) -> None:
+    """Layers, parameters and file size before training. Any: config's module is imported late."""
+    from reparam_diffusion.models.load import load_model
+    from reparam_diffusion.targets import count_parameters, file_bytes
+    from reparam_diffusion.train.learner import plan_run
+
+    sites = plan_run(load_model(config.model.path, device="cpu"), config)
+    typer.echo(f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {file_bytes(sites) / 1e6:.1f} MB.")
+    for note in sorted({f"{site.site}: {getattr(site.plan, 'note', '')}" for site in sites if getattr(site.plan, "note", "")}):
+        typer.echo(f"  {note}")
+
+
+def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> None:
+    """Show a run's events as they come; exits with 1 when it failed."""
+    from reparam_diffusion import events as e
+
+    if as_json:
+        failed = False
+        for event in events:
+            typer.echo(event.to_json())
+            failed = isinstance(event, e.Failed)
+        raise typer.Exit(int(failed))
+    from reparam_diffusion.jobs.console import show
+
+    raise typer.Exit(show(events, folder))
+
+
+class _bar:
+    """A progress bar on standard error that a drawing advances."""
+
+    def __init__(self, label: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.progress = Progress(console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task(label, total=total)
+
+    def __enter__(self) -> Callable[[int, int], bool]:
+        self.progress.start()
+        return self._advance
+
+    def _advance(self, done: int, total: int) -> bool:
+        self.progress.update(self.task, completed=done, total=total)
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+
+def main() -> None:
+    """The first of the three doors at which a UserError is told."""
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

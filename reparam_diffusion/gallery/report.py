@@ -1,0 +1,79 @@
+"""What an adapter file holds, told to a person: method, base model, ranks, layers, trigger, and what matches nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from reparam_diffusion.formats.read import read_adapter
+
+Report = dict[str, Any]
+"""Plain values for JSON."""
+
+_BASES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL", "unknown": "not said"}
+_MOST_SHOWN = 8
+
+
+def report_of(path: Path, model: str | None = None) -> Report:
+    """Everything `inspect` tells. With a model, also how the file fits it. Raises UserError for what is no adapter."""
+    file = read_adapter(path)
+    metadata = file.metadata
+    trained_as = metadata.get("reparam_method", "")
+    unmatched = list(file.unmatched)
+    report: Report = {
+        "file": path.name,
+        "bytes": _bytes_of(path),
+        "method": file.method,
+        "trained_as": trained_as if trained_as != file.method else "",
+        "base": file.base,
+        "base_model": metadata.get("ss_sd_model_name", ""),
+        "trigger": file.trigger,
+        "alpha": metadata.get("ss_network_alpha", ""),
+        "layers": len(file.sites),
+        "layers_by_part": dict(Counter(site.partition(".")[0] for site in file.sites)),
+        "ranks": file.ranks,
+        "steps": metadata.get("ss_steps", ""),
+        "pictures": metadata.get("ss_num_train_images", ""),
+        "made_by": metadata.get("modelspec.implementation_version", "") or metadata.get("ss_network_module", ""),
+        "metadata": {key: value for key, value in metadata.items() if key != "reparam_config"},
+    }
+    if model is not None:
+        from reparam_diffusion.models.load import load_model
+
+        found, unmatched = file.match(load_model(model, device="cpu").parts)
+        report |= {"model": model, "fits": len(found), "sites": list(found)}
+    report["unmatched"] = [{"key": key, "why": why} for key, why in unmatched]
+    return report
+
+
+def _bytes_of(path: Path) -> int:
+    files = path.rglob("*.safetensors") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def report_lines(report: Report) -> list[str]:
+    """The report as lines of plain text."""
+    ranks = Counter(report["ranks"].values())
+    spread = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))
+    parts = ", ".join(f"{count} in {part}" for part, count in report["layers_by_part"].items())
+    lines = [
+        f"File      {report['file']}  {report['bytes'] / 1e6:.1f} MB",
+        f"Method    {report['method']}" + (f"  (trained as {report['trained_as']})" if report["trained_as"] else ""),
+        f"Base      {_BASES.get(report['base'], report['base'])}"
+        + (f"  ({report['base_model']})" if report["base_model"] else ""),
+        f"Trigger   {report['trigger'] or 'not said'}",
+        f"Layers    {report['layers']}: {parts}",
+    ]
+    if spread:
+        lines.append(f"Ranks     {spread}")
+    if report["steps"]:
+        lines.append(f"Trained   {report['steps']} steps on {report['pictures'] or '?'} pictures")
+    if "fits" in report:
+        lines.append(f"Fits      {report['fits']} of {report['layers']} layers of {report['model']}")
+    unmatched = report["unmatched"]
+    lines.append(f"Unmatched {len(unmatched) or 'none'}")
+    lines += [f"  {row['key']}: {row['why']}" for row in unmatched[:_MOST_SHOWN]]
+    if len(unmatched) > _MOST_SHOWN:
+        lines.append(f"  and {len(unmatched) - _MOST_SHOWN} more")
+    return lines
