@@ -78,6 +78,8 @@ def write_diffusers(
             if part != "unet":  # the names of transformers before 5.6, which every diffusers reads
                 path_in_file = f"text_model.{path_in_file.removeprefix('text_model.')}"
             for leaf, tensor in _peft_lora(leaves).items():
+                if part != "unet" and leaf == "lora_magnitude_vector":
+                    leaf = "lora_magnitude_vector.weight"
                 key = f"{_FOLDER_OF[part]}.{path_in_file}.{leaf}"
                 tensors[key] = cast_leaf(tensor, leaf, site, precision)
     header = {"format": "pt", "lora_adapter_metadata": json.dumps(told)}

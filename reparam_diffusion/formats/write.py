@@ -152,7 +152,8 @@ def cast_leaf(tensor: Tensor, leaf: str, site: str, precision: Precision) -> Ten
             f"Its {leaf} has NaN or infinity; the training has diverged.",
             "Train again with a lower learning rate.",
         )
-    small = tensor.detach().cpu().to(torch.float32 if leaf == "alpha" else DTYPES[precision])
+    dtype = torch.float32 if leaf == "alpha" else DTYPES[precision]
+    small = tensor.detach().to("cpu", dtype, copy=True)  # safetensors refuses tensors that share memory
     if not bool(torch.isfinite(small).all()):
         raise UserError(
             f"The layer {site} does not fit into {precision}.",
