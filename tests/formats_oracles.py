@@ -158,7 +158,7 @@ def pipeline_of(parts: Mapping[str, nn.Module]):
     """A diffusers pipeline with these parts and nothing else."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    rest = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler()}
+    rest = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False)}
     own = {"unet": parts["unet"], "text_encoder": parts["te1"]}
     if "te2" in parts:
         return StableDiffusionXLPipeline(**rest, **own, text_encoder_2=parts["te2"], tokenizer_2=None)

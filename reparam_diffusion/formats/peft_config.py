@@ -8,27 +8,35 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.load import Config
 
 Leaves = dict[str, Tensor]
 
 
-def complete(leaves: Leaves, path: str, config: Config | None) -> str:
-    """Add to a site's leaves what the configuration says. Returns a plain sentence when PEFT's kind is not read.
+def refuse_unknown(config: Config | None, name: str) -> None:
+    """Raise UserError for a kind of PEFT adapter that we do not read."""
+    if config is not None and _kind(config) not in _COMPLETERS:
+        raise UserError(
+            f"{name} cannot be read.",
+            f"PEFT's {_kind(config)} is not known here.",
+            "Choose a LoRA, LoHa, LoKr, OFT, BOFT, IA3 or AdaLoRA adapter.",
+        )
+
+
+def complete(leaves: Leaves, path: str, config: Config | None) -> None:
+    """Add to a site's leaves what the configuration says.
 
     Without a configuration PEFT's defaults hold where one is needed: a scale of 1, the Neumann rotation.
     """
-    if config is None:
-        kind = "OFT" if "oft_R.weight" in leaves else "ADALORA" if "lora_E" in leaves else ""
-        if kind:
-            _COMPLETERS[kind](leaves, path, {})
-        return ""
-    kind = str(config.get("peft_type", "LORA")).upper()
-    completer = _COMPLETERS.get(kind)
-    if completer is None:
-        return f"PEFT's {kind} is not read"
-    completer(leaves, path, config)
-    return ""
+    if config is not None:
+        _COMPLETERS[_kind(config)](leaves, path, config)
+    elif "oft_R.weight" in leaves:
+        _oft(leaves, path, {})
+
+
+def _kind(config: Config) -> str:
+    return str(config.get("peft_type", "LORA")).upper()
 
 
 def for_module(patterns: object, path: str, default: float) -> float:

@@ -17,7 +17,7 @@ from reparam_diffusion.formats.identify import guess_family, guess_trigger, what
 from reparam_diffusion.formats.keys import KNOWN, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
 from reparam_diffusion.formats.names import Parts, diffusers_name, spellings
-from reparam_diffusion.formats.peft_config import complete
+from reparam_diffusion.formats.peft_config import complete, refuse_unknown
 
 Unmatched = list[tuple[str, str]]
 """Names of a file's tensors or layers, each with a plain sentence why it is left out."""
@@ -132,6 +132,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
     unmatched: Unmatched = []
     sites: dict[str, Site] = {}
     for piece in pieces:
+        refuse_unknown(piece.config, path.name)
         for site in _sites_of(piece, unmatched):
             if site.name in sites:
                 unmatched.append((site.key, "the file has this layer twice, under two names"))
@@ -141,8 +142,6 @@ def read_adapter(path: Path | str) -> AdapterFile:
     if not sites:
         keys = [key for piece in pieces for key in piece.tensors]
         why, do = what_instead(keys, pieces[0].tensors)
-        if any(reason.startswith("PEFT's") for _, reason in unmatched):
-            why, do = f"{unmatched[0][1]}.", "Choose a LoRA, LoHa, LoKr, OFT, BOFT, IA3 or AdaLoRA adapter."
         raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
     return AdapterFile(path, metadata, unmatched, sites)
 
@@ -175,9 +174,7 @@ def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
     """Finish a site's leaves from the configuration and check that they make up an adapter."""
     if site.is_dotted:
         config = piece.config if piece.config is not None else piece.part_configs.get(site.part)
-        if trouble := complete(site.leaves, site.path, config):
-            unmatched.append((site.key, trouble))
-            return False
+        complete(site.leaves, site.path, config)
     elif piece.metadata.get("ss_network_module") == "networks.oft":
         _settle_kohya_oft(site.leaves)
     _fold_scalar(site.leaves)
