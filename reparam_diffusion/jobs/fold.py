@@ -86,6 +86,7 @@ class Fold:
             case e.Started():
                 self.started = event
                 self.ranks = dict(event.ranks)
+                self.phase = e.Prepared("first pictures", 0, 0)  # what the loop does between this and step 1
             case e.Prepared():
                 self.phase = event
             case e.Step():

@@ -1,0 +1,84 @@
+"""Opens the web page: `python app.py [--host] [--port] [--workspace] [--share] [--auth name:password]`."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from pathlib import Path
+
+from reparam_diffusion.errors import UserError
+
+LARGEST_FILE = "100mb"
+
+
+def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description="Open the page that trains, tries and exports adapters.")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
+    parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="folder for everything that is made")
+    parser.add_argument("--share", action="store_true", help="also give a public link; needs --auth")
+    parser.add_argument("--auth", metavar="NAME:PASSWORD", help="ask every visitor for this name and password")
+    return parser.parse_args(arguments)
+
+
+def check_safe(options: argparse.Namespace) -> tuple[str, str] | None:
+    """The name and password, if any. Raises UserError when the page would be open to strangers without one."""
+    auth: tuple[str, str] | None = None
+    if options.auth:
+        name, colon, password = options.auth.partition(":")
+        if not (name and colon and password):
+            raise UserError("--auth is not complete.", do="Write it as --auth name:password.")
+        auth = name, password
+    if auth is None and (options.share or not is_loopback(options.host)):
+        what = "--share" if options.share else f"--host {options.host}"
+        raise UserError(
+            f"{what} needs --auth.",
+            "Without it anyone who finds the page could use this machine and see its pictures.",
+            "Add --auth name:password.",
+        )
+    return auth
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve the page until Ctrl-C."""
+    options = read_options(arguments)
+    try:
+        auth = check_safe(options)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    from ui.page import build_page
+    from ui.theme import CSS, make_theme
+
+    build_page(options.workspace).launch(
+        server_name=options.host,
+        server_port=options.port,
+        share=options.share,
+        auth=auth,
+        theme=make_theme(),
+        css_paths=[CSS],
+        max_file_size=LARGEST_FILE,
+        footer_links=["settings"],
+        run_history=False,
+        enable_monitoring=False,
+        show_error=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

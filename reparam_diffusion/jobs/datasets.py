@@ -1,0 +1,149 @@
+"""Sets of pictures: the bundled examples, what a person dropped, and their home in workspace/datasets/."""
+
+from __future__ import annotations
+
+import filecmp
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tomlkit
+
+from reparam_diffusion.config import read_settings
+from reparam_diffusion.data.images import Refused, find_pictures
+from reparam_diffusion.data.sidecars import read_caption
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery.shelf import make_slug
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "assets" / "examples"
+MOST_FILES = 200
+MOST_BYTES = 2 * 1024**3
+LEAST_SIDE = 32  # pixels; the run itself asks for what its base model needs
+CAPTIONS = {".txt", ".caption"}
+
+
+@dataclass(frozen=True)
+class About:
+    """What a set of pictures shows: what dataset.toml says."""
+
+    title: str = ""
+    trigger: str = ""
+    class_word: str = ""
+    kind: str = "subject"
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures with the captions that came with them, and the files that cannot be used."""
+
+    pictures: tuple[Path, ...]
+    captions: Mapping[Path, str] = field(default_factory=dict)
+    refused: tuple[Refused, ...] = ()
+    about: About = About()
+
+
+def example_sets() -> list[PictureSet]:
+    """The bundled examples, subjects first."""
+    sets = [_read_example(file.parent) for file in sorted(EXAMPLES.glob("*/dataset.toml"), reverse=True)]
+    return sorted(sets, key=lambda one: one.about.kind != "subject")
+
+
+def _read_example(folder: Path) -> PictureSet:
+    pictures, refused = find_pictures(folder, least_side=LEAST_SIDE)
+    return PictureSet(
+        tuple(picture.path for picture in pictures),
+        {picture.path: picture.caption for picture in pictures if picture.caption},
+        tuple(refused),
+        About(**read_settings(folder / "dataset.toml")),
+    )
+
+
+def sort_files(files: Sequence[Path]) -> PictureSet:
+    """What a person dropped, in any order: pictures, captions named like them, and what cannot be used.
+
+    Raises UserError when there is too much of it, or no usable picture.
+    """
+    if len(files) > MOST_FILES:
+        raise UserError(
+            f"These are {len(files)} files.", f"At most {MOST_FILES} go at once.", "Choose the best of them."
+        )
+    if sum(file.stat().st_size for file in files) > MOST_BYTES:
+        raise UserError("These files are more than 2 GB together.", do="Choose fewer or smaller pictures.")
+    texts = [file for file in files if file.suffix.lower() in CAPTIONS]
+    pictures, refused = find_pictures([file for file in files if file not in texts], least_side=LEAST_SIDE)
+    by_name = {file.stem.lower(): file for file in texts}
+    captions: dict[Path, str] = {}
+    for picture in pictures:
+        text = by_name.get(picture.path.stem.lower()) or by_name.get(picture.path.name.lower())
+        caption = read_caption(text) if text else ""
+        if caption:
+            captions[picture.path] = caption
+    return PictureSet(tuple(picture.path for picture in pictures), captions, tuple(refused))
+
+
+def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureSet:
+    """The set for another trigger and class word: captions that name the old ones name the new ones instead."""
+    about = chosen.about
+    old = f"{about.trigger} {about.class_word}".strip()
+    new = f"{trigger} {class_word}".strip()
+    captions = dict(chosen.captions)
+    if old and new and old != new:
+        captions = {path: caption.replace(old, new) for path, caption in captions.items()}
+    return PictureSet(
+        chosen.pictures,
+        captions,
+        chosen.refused,
+        About(about.title or new, trigger, class_word, about.kind),
+    )
+
+
+def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
+    """Copy a set into workspace/datasets/<slug>/ and say where. The very same set is kept once."""
+    home = workspace / "datasets"
+    slug = make_slug(chosen.about.title, otherwise="pictures")
+    beside = home / f".{slug}.{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        _write_set(chosen, beside)
+        number = 1
+        while True:
+            folder = home / (slug if number == 1 else f"{slug}-{number}")
+            if _is_same(folder, beside):
+                return folder
+            if not folder.exists():
+                beside.rename(folder)
+                return folder
+            number += 1
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _write_set(chosen: PictureSet, folder: Path) -> None:
+    taken: set[str] = set()
+    for picture in chosen.pictures:
+        stem = make_slug(picture.stem, otherwise="picture")
+        name, number = stem, 1
+        while name in taken:
+            number += 1
+            name = f"{stem}-{number}"
+        taken.add(name)
+        shutil.copyfile(picture, folder / f"{name}{picture.suffix.lower()}")
+        if picture in chosen.captions:
+            (folder / f"{name}.txt").write_text(chosen.captions[picture] + "\n", encoding="utf-8")
+    about = tomlkit.document()
+    for key, value in vars(chosen.about).items():
+        about.add(key, value)
+    (folder / "dataset.toml").write_text(tomlkit.dumps(about), encoding="utf-8")
+
+
+def _is_same(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    if not folder.is_dir():
+        return False
+    names = sorted(file.name for file in other.iterdir())
+    if names != sorted(file.name for file in folder.iterdir() if not file.name.startswith(".")):
+        return False
+    return not any(filecmp.cmpfiles(folder, other, names, shallow=False)[1:])

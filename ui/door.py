@@ -1,0 +1,57 @@
+"""The page's door for errors: a person's mistakes are told as they are, ours with the place of the report."""
+
+from __future__ import annotations
+
+import html
+import logging
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import gradio as gr
+
+from reparam_diffusion.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+LOG = logging.getLogger("reparam_diffusion.page")
+
+
+def page_log(workspace: Path) -> Path:
+    """Where the page's own errors are written."""
+    return workspace / "page.log"
+
+
+def open_log(workspace: Path) -> None:
+    """Send the page's errors to the workspace's page.log."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(page_log(workspace), encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    LOG.addHandler(handler)
+
+
+def guarded(handler: Callable[P, R], workspace: Path) -> Callable[P, R]:
+    """The handler with its errors turned into what the page shows."""
+
+    @wraps(handler)
+    def told(*args: P.args, **named: P.kwargs) -> R:
+        try:
+            return handler(*args, **named)
+        except gr.Error:
+            raise
+        except UserError as error:
+            title = html.escape(error.what.rstrip("."))
+            rest = html.escape(" ".join(part for part in (error.why, error.do) if part))
+            raise gr.Error(rest or title, title=title if rest else "Please check", print_exception=False) from None
+        except Exception as error:  # The page's door: a traceback says nothing to a person, so it goes to the log.
+            LOG.exception("%s failed", getattr(handler, "__name__", "a handler"))
+            place = html.escape(str(page_log(workspace)))
+            raise gr.Error(
+                f"The report is at the end of {place}; please send it to us.",
+                title="This is our mistake",
+                print_exception=False,
+                duration=None,
+            ) from error
+
+    return told
