@@ -318,6 +318,12 @@ def read_settings(file: Path) -> dict[str, Any]:
         ) from None
 
 
+def adapter_name(config: TrainConfig) -> str:
+    """What the finished adapter is called: the name given, else trigger, class word and method."""
+    words = (config.data.trigger, config.data.class_word, config.adapter.method)
+    return config.output.name or " ".join(word for word in words if word)
+
+
 def find_preset(name: str) -> dict[str, Any]:
     """A preset by its name, or by the path of a .toml file."""
     file = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from reparam_diffusion import __version__
-from reparam_diffusion.config import TrainConfig, to_toml
+from reparam_diffusion.config import TrainConfig, adapter_name, to_toml
 from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.load import Model
@@ -47,12 +47,6 @@ def write_finished(
     return name
 
 
-def title_of(config: TrainConfig) -> str:
-    """The adapter's name: the one given, else trigger, class word and method."""
-    words = [config.data.trigger, config.data.class_word, config.adapter.method]
-    return config.output.name or " ".join(word for word in words if word)
-
-
 def training_facts(
     model: Model, config: TrainConfig, learner: Learner, material: Material, step: int, begun: float | None
 ) -> TrainingFacts:
@@ -63,12 +57,12 @@ def training_facts(
     dataset = material.dataset
     words: Counter[str] = Counter(tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip())
     return TrainingFacts(
-        name=title_of(config),
+        name=adapter_name(config),
         method=spec.method,
         family=model.family,
         trigger=data.trigger,
         class_word=data.class_word,
-        title=title_of(config),
+        title=adapter_name(config),
         rank=rank,
         alpha=numbers.get("alpha"),
         conv_rank=numbers.get("conv_rank") or None,
