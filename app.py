@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"{error}\n")
         return 2
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # not an argument in the oldest gradio we take
     from ui.page import build_page
     from ui.theme import CSS, make_theme
 
@@ -73,7 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
         css_paths=[CSS],
         max_file_size=LARGEST_FILE,
         footer_links=["settings"],
-        run_history=False,
         enable_monitoring=False,
         show_error=False,
     )

@@ -321,6 +321,17 @@ def test_a_launched_worker_outlives_its_handler_and_leaves_no_zombie(
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
 
 
+def test_a_launched_worker_goes_on_when_its_parent_is_killed(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
+    folder = new_run(workspace, steps=100)
+    script = (
+        "import os, signal; from pathlib import Path; from reparam_diffusion.jobs import worker\n"
+        f"worker.MODULE = 'fake_worker'; worker.launch(Path({str(folder)!r})); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -signal.SIGKILL
+    wait_for(lambda: runs.state_of(folder).state == "finished")
+
+
 def test_a_worker_that_dies_before_its_first_word_is_lost(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker, "MODULE", "no_such_module")
     folder = new_run(workspace)
