@@ -75,7 +75,7 @@ def test_dora_reaches_diffusers_through_its_own_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("has_metadata", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_diffusers_saves_gives_the_same_output_here(family: str, has_metadata: bool, tmp_path: Path) -> None:
-    from diffusers.loaders.lora_base import _collate_lora_metadata
+    from diffusers.training_utils import _collate_lora_metadata
     from peft import LoraConfig, get_peft_model_state_dict
 
     parts = parts_like(family)

@@ -21,6 +21,7 @@ pytestmark = [  # what PEFT says of settings that are meant
     pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Adapter .default.. .*LoRA tensor.s. have invalid shape"),  # a bias is 1-D
     pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
     pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1:UserWarning"),
     pytest.mark.filterwarnings("ignore:Unmerge result:UserWarning"),

@@ -20,7 +20,8 @@ def write_whole(path: Path, content: bytes) -> Path:
             os.fsync(stream.fileno())
         beside.replace(path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        if beside.is_file():
+            beside.unlink()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             why, do = "The disk is full.", f"Free {len(content) / 1e6:.0f} MB and try again."
         else:

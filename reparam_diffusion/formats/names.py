@@ -126,8 +126,8 @@ def diffusers_name(flat: str, layers: int = 2) -> str:
         return f"mid_block_{kind}_{number // 2}_{_RESNET_BACK.get(found[2], found[2])}"
     if found := re.fullmatch(r"input_blocks_(\d+)_([01])_(.+)", flat):
         block, layer = divmod(int(found[1]) - 1, layers + 1)
-        if layer == layers:
-            return f"down_blocks_{block}_downsamplers_0_conv"
+        if layer == layers:  # only a downsampler can stand here; anything else is of another layout
+            return f"down_blocks_{block}_downsamplers_0_conv" if found[3] == "op" else flat
         return _block(f"down_blocks_{block}", layer, found[2], found[3])
     if found := re.fullmatch(r"output_blocks_(\d+)_([012])_(.+)", flat):
         block, layer = divmod(int(found[1]), layers + 1)

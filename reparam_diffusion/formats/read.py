@@ -24,6 +24,7 @@ Unmatched = list[tuple[str, str]]
 
 PADDING = "reparam_padding"
 """Header key: layers that `write_adapter` added as zeros for other programs."""
+TWICE = "the file has this layer twice, under two names"
 _PART_NAMES = {"unet": "UNet", "te1": "text encoder", "te2": "second text encoder"}
 _LISTED = ("lora", "loha", "lokr", "oft", "adalora", "full", "norm", "ia3", "glora", "boft")
 """Forms whose leaves are all in `keys.KNOWN`; a method that is added later takes any leaf."""
@@ -114,7 +115,7 @@ class AdapterFile:
             if live is None:
                 left.append((site.key, _no_layer(site, parts)))
             elif live in found:
-                left.append((site.key, "the file has this layer twice, under two names"))
+                left.append((site.key, TWICE))
             else:
                 part, _, path = live.partition(".")
                 module = parts[part].get_submodule(path)
@@ -134,10 +135,12 @@ def read_adapter(path: Path | str) -> AdapterFile:
     for piece in pieces:
         refuse_unknown(piece.config, path.name)
         for site in _sites_of(piece, unmatched):
-            if site.name in sites:
-                unmatched.append((site.key, "the file has this layer twice, under two names"))
+            # LDM names of a UNet with another number of layers a block may collide when turned without the model.
+            name = site.name if site.name not in sites else f"{site.part}.{site.flat}"
+            if name in sites:
+                unmatched.append((site.key, TWICE))
             else:
-                sites[site.name] = site
+                sites[name] = site
     metadata = {key: value for piece in pieces for key, value in piece.metadata.items()}
     if not sites:
         keys = [key for piece in pieces for key in piece.tensors]
