@@ -62,7 +62,9 @@ def histogram(pictures: Sequence[np.ndarray]) -> np.ndarray:
     return np.mean(rows, axis=0)
 
 
-def draw_all(model: Model, example: str, adapters: Sequence[tuple[Path, float]], *, seeds: int) -> dict[str, list[Image.Image]]:
+def draw_all(
+    model: Model, example: str, adapters: Sequence[tuple[Path, float]], *, seeds: int
+) -> dict[str, list[Image.Image]]:
     """Pictures by background."""
     template, backgrounds = EXAMPLES[example]
     return {b: generate(model, template.format(b), adapters=adapters, count=seeds) for b in backgrounds}
@@ -90,7 +92,12 @@ def main() -> None:
     drawn = draw_all(load_model("starter"), options.example, adapters, seeds=options.seeds)
     right, distance = measure(drawn, options.example)
     row = {"example": options.example, "adapter": str(options.adapter or "base model"), "strength": options.strength}
-    print(json.dumps(row | {"background_right": right, "colour_distance": round(distance, 3), "seconds": round(time.time() - begun)}))
+    print(
+        json.dumps(
+            row
+            | {"background_right": right, "colour_distance": round(distance, 3), "seconds": round(time.time() - begun)}
+        )
+    )
     if options.grid:
         backgrounds = list(drawn)
         rows = [(f"seed {n}", [drawn[b][n] for b in backgrounds]) for n in range(min(4, options.seeds))]

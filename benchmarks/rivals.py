@@ -107,7 +107,9 @@ def _peft_adalora(model: nn.Module) -> Contender:
         for name in names:
             factor = model.get_parameter(name)
             gram = factor @ factor.T if "lora_A" in name else factor.T @ factor
-            terms.append(torch.norm(gram - torch.eye(*gram.size(), out=torch.empty_like(gram).requires_grad_(False)), p="fro"))
+            terms.append(
+                torch.norm(gram - torch.eye(*gram.size(), out=torch.empty_like(gram).requires_grad_(False)), p="fro")
+            )
         return config.orth_reg_weight * sum(terms, torch.zeros(())) / len(terms)
 
     return Contender(model, trainable(model), penalty=penalty, after_step=tuner.update_and_allocate)

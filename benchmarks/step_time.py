@@ -249,7 +249,9 @@ def peak_mb(device: str) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows for reading."""
-    lines = [f"{'method':8} {'library':15} {'seconds':>8} {'ratio':>6} {'overhead':>9} {'peak MB':>9} {'parameters':>11}"]
+    lines = [
+        f"{'method':8} {'library':15} {'seconds':>8} {'ratio':>6} {'overhead':>9} {'peak MB':>9} {'parameters':>11}"
+    ]
     for row in rows:
         lines.append(
             f"{row.method:8} {row.library:15} {row.seconds:8.3f} {row.ratio:6.3f} {row.overhead:9.3f} "

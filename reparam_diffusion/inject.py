@@ -66,11 +66,11 @@ class Hook:
         y = self.plain(entered, *rest, **named)
         total = y
         for entry in after:
-            residual = entry.adapter.residual(x, y, self.host)
-            if residual is None:
+            moved = entry.adapter.onto(total, x, y, self.host, entry.strength)
+            if moved is None:
                 dense.append(entry)
             else:
-                total = torch.addcmul(total, residual, entry.strength.to(residual.dtype))
+                total = moved
         return self._with_dense(total, x, dense, live)
 
     def _with_dense(self, total: Tensor, x: Tensor, dense: Sequence[Entry], live: Sequence[Entry]) -> Tensor:

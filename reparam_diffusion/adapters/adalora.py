@@ -81,12 +81,9 @@ class Adalora(Adapter):
         left, right = self.left.to(weight.dtype), self.right.flatten(1).to(weight.dtype)
         return ((left * (self.values.to(weight.dtype) * self.scale)) @ right).reshape(self.shape)
 
-    def quick(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         """P (Λ (Q x)): Λ goes into P, which is small."""
-        if host.groups != 1:
-            return None
-        left = self.left * (self.values * self.scale)
-        return host.pointwise(host.apply(x, self.right.to(x.dtype)), left.to(x.dtype))
+        return self.right, self.left * (self.values * self.scale)
 
     def live_rank(self) -> int | None:
         return int((self.values != 0).sum()) if bool(self.values.any()) else int(self.alive.sum())

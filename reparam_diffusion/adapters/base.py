@@ -166,9 +166,33 @@ class Adapter(nn.Module):
         gain = host.over_channels(gain)
         return (gain - 1) * host.without_bias(y) + gain * added
 
+    def onto(self, total: Tensor, x: Tensor, y: Tensor, host: Host, strength: Tensor) -> Tensor | None:
+        """total + strength · residual, in fewer passes over the output where the method can; None: use delta."""
+        if host.kind == "linear" and self.magnitude is None and self.is_cheap(host, host.rows(y)):
+            factors = self.low_rank()
+            if factors is not None:
+                down, up = factors
+                h = self.between(host.apply(x, down.to(x.dtype)), host)
+                up = (up * strength).to(x.dtype)
+                return torch.addmm(total.flatten(0, -2), h.flatten(0, -2), up.T).view(total.shape)
+        residual = self.residual(x, y, host)
+        return None if residual is None else torch.addcmul(total, residual, strength.to(residual.dtype))
+
     def quick(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
         """The method's own fast path for `update`: host's operation with ΔW on x, computed another way."""
+        factors = self.low_rank() if host.groups == 1 else None
+        if factors is None:
+            return None
+        down, up = factors
+        return host.pointwise(self.between(host.apply(x, down.to(x.dtype)), host), up.to(x.dtype))
+
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        """`down` (r, in, *kernel) and `up` (out, r) with ΔW = up @ down, for methods that have them."""
         return None
+
+    def between(self, h: Tensor, host: Host) -> Tensor:
+        """What happens to the low-rank activations between `down` and `up`: a place for dropout."""
+        return h
 
     def is_cheap(self, host: Host, rows: int) -> bool:
         """Whether the fast path is cheaper than a dense product for this many rows."""

@@ -78,13 +78,11 @@ class Loha(Adapter):
         dense = 3 * entry * out * rows + 10 * entry * out * self.plan.rank
         return split < dense
 
-    def quick(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
+    def low_rank(self) -> tuple[Tensor, Tensor]:
         """(B₁A₁)∘(B₂A₂) = Σᵢⱼ (b₁ᵢ∘b₂ⱼ)(a₁ᵢ∘a₂ⱼ)ᵀ: a plain low-rank product of rank r² (face-splitting)."""
-        if host.groups != 1:
-            return None
         down = (self.down_1[:, None] * self.down_2[None]).flatten(0, 1)  # (r², in, *kernel)
         up = (self.up_1[:, :, None] * (self.up_2 * self.scale)[:, None, :]).flatten(1)  # (out, r²)
-        return host.pointwise(host.apply(x, down.to(x.dtype)), up.to(x.dtype))
+        return down, up
 
     def tensors(self) -> dict[str, Tensor]:
         return self.written(

@@ -23,7 +23,7 @@ from reparam_diffusion.adapters.base import (
     register,
     shape_size,
 )
-from reparam_diffusion.maths.kronecker import factorization, kron
+from reparam_diffusion.maths.kronecker import factorization, kron, kron_linear
 
 
 class LokrSpec(Spec):
@@ -102,23 +102,21 @@ class Lokr(Adapter):
         """(C ⊗ M) x = C X Mᵀ with x reshaped to (m, n); the cheaper product first."""
         if host.groups != 1:
             return None
-        small = (self.small_factor() * self.plan.scale).to(x.dtype)
-        return self._linear(x, small) if host.kind == "linear" else self._conv(x, small, host)
+        small = self.small_factor() * self.plan.scale
+        return self._linear(x, small.to(x.dtype)) if host.kind == "linear" else self._conv(x, small.to(x.dtype), host)
+
+    def onto(self, total: Tensor, x: Tensor, y: Tensor, host: Host, strength: Tensor) -> Tensor | None:
+        if host.kind == "linear" and self.magnitude is None:
+            return total + self._linear(x, (self.small_factor() * (strength * self.plan.scale)).to(x.dtype))
+        return super().onto(total, x, y, host, strength)
 
     def _linear(self, x: Tensor, small: Tensor) -> Tensor:
-        (l, m), rows = small.shape, x.shape[:-1]
-        n, k = self.shape[1] // m, self.shape[0] // l
-        parts = x.reshape(-1, m, n)
-        if l * n * (m + k) < m * k * (n + l) and not self.plan.rank_large:  # C first: fewer numbers go through M
-            return self._large_linear(torch.matmul(small, parts)).reshape(*rows, l * k)
-        return torch.matmul(small, self._large_linear(parts)).reshape(*rows, l * k)
-
-    def _large_linear(self, parts: Tensor) -> Tensor:
-        """M over the last axis (…, n) -> (…, k)."""
+        m, rows = small.shape[1], x.shape[:-1]
+        parts = x.reshape(-1, m, self.shape[1] // m)
         if not self.plan.rank_large:
-            return nn.functional.linear(parts, self.large.to(parts.dtype))
-        h = nn.functional.linear(parts, self.large_down.to(parts.dtype))
-        return nn.functional.linear(h, self.large_up.to(parts.dtype))
+            return kron_linear(parts, small, self.large.to(x.dtype)).reshape(*rows, self.shape[0])
+        h = kron_linear(parts, small, self.large_down.to(x.dtype))  # (rows, l, r)
+        return nn.functional.linear(h, self.large_up.to(x.dtype)).reshape(*rows, self.shape[0])
 
     def _conv(self, x: Tensor, small: Tensor, host: Host) -> Tensor:
         m, batch = small.shape[1], x.shape[0]

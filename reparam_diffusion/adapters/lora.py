@@ -81,13 +81,10 @@ class Lora(Adapter):
     def update(self, weight: Tensor) -> Tensor:
         return self.scale * (self.up.to(weight.dtype) @ self.down.flatten(1).to(weight.dtype)).reshape(self.shape)
 
-    def quick(self, x: Tensor, y: Tensor, host: Host) -> Tensor | None:
-        if host.groups != 1:
-            return None
-        h = self._dropped(host.apply(x, self.down.to(x.dtype)), host)
-        return host.pointwise(h, (self.up * self.scale).to(x.dtype))
+    def low_rank(self) -> tuple[Tensor, Tensor]:
+        return self.down, self.up if self.scale == 1.0 else self.up * self.scale
 
-    def _dropped(self, h: Tensor, host: Host) -> Tensor:
+    def between(self, h: Tensor, host: Host) -> Tensor:
         """Dropout on the low-rank activations h (batch, …, r) or (batch, r, height, width)."""
         plan, draw = self.plan, self.draw
         if draw is None or not (plan.dropout or plan.rank_dropout or plan.module_dropout):

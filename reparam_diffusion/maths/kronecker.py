@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def kron(left: Tensor, right: Tensor) -> Tensor:
@@ -11,6 +14,39 @@ def kron(left: Tensor, right: Tensor) -> Tensor:
     kernel = right.shape[2:]
     flat = torch.einsum("ab,cd...->acbd...", left, right)
     return flat.reshape(left.shape[0] * right.shape[0], left.shape[1] * right.shape[1], *kernel)
+
+
+def kron_linear(x: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """(C ⊗ M) x without the large matrix: C X Mᵀ for each row X of x (rows, m, n); the result is (rows, l, k)."""
+    product: Tensor = _KronLinear.apply(x, small, large)  # type: ignore[no-untyped-call]
+    return product
+
+
+def _each(matrix: Tensor, rows: Tensor) -> Tensor:
+    """matrix @ row for every row; `matmul` would copy the rows to make one product of it, which is slower."""
+    return torch.bmm(matrix.expand(rows.shape[0], -1, -1), rows)
+
+
+class _KronLinear(torch.autograd.Function):
+    """Keeps x alone for the way back: with U = G M, dC = Σ U Xᵀ needs neither X Mᵀ nor C X, which are as large as x."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, small: Tensor, large: Tensor) -> Tensor:
+        ctx.save_for_backward(x, small, large)
+        if small.shape[0] < small.shape[1]:
+            return _each(small, x) @ large.T
+        return _each(small, x @ large.T)
+
+    @staticmethod
+    def backward(
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor]:  # Any: saved_tensors are made at run time
+        x, small, large = ctx.saved_tensors
+        u = g @ large  # (rows, l, n)
+        for_x = _each(small.T, u) if ctx.needs_input_grad[0] else None
+        for_small = torch.bmm(u, x.mT).sum(0)
+        v = _each(small.T, g)  # (rows, m, k)
+        return for_x, for_small, v.reshape(-1, v.shape[-1]).T @ x.reshape(-1, x.shape[-1])
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:

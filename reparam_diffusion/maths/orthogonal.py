@@ -62,8 +62,20 @@ def clipped(skew: Tensor, limit: float) -> Tensor:
     return torch.where(norm > limit, skew * (limit / norm.clamp_min(1e-30)), skew)
 
 
+def _widened(blocks: Tensor, width: int = 16) -> Tensor:
+    """Neighbouring blocks joined into block-diagonal ones of up to `width`: small products run at a third of the speed."""
+    num, size, _ = blocks.shape
+    join = next(count for count in range(max(width // size, 1), 0, -1) if num % count == 0)
+    if join == 1:
+        return blocks
+    wide = blocks.new_zeros(num // join, join, size, join, size)
+    wide.diagonal(dim1=1, dim2=3).copy_(blocks.reshape(-1, join, size, size).permute(0, 2, 3, 1))
+    return wide.reshape(num // join, join * size, join * size)
+
+
 def rotate_blocks(blocks: Tensor, x: Tensor) -> Tensor:
     """Blockwise product on the last axis: y[…, n, i] = Σⱼ blocks[n, i, j] x[…, n, j]; x is (…, num·b)."""
+    blocks = _widened(blocks)
     num, size, _ = blocks.shape
     parts = x.reshape(-1, num, size).transpose(0, 1)  # (num, rows, b)
     return torch.bmm(parts, blocks.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
