@@ -174,7 +174,7 @@ class _Look:
             "step": step,
             "precision": name_of(self.model.dtype),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             **self.learner.state(),
         }
 
@@ -224,7 +224,8 @@ def _ready(model: Model, config: TrainConfig) -> None:
         if trains_text(config):
             for encoder in model.text_encoders:
                 encoder.train()  # transformers recomputes only in training mode; CLIP has no dropout
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
     if config.training.compile:
         model.unet.compile_repeated_blocks()
 
@@ -233,7 +234,7 @@ def _differences(saved: State, model: Model) -> Iterator[Event]:
     """What keeps a resumed run from being bit for bit the same."""
     if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
         yield Warned(f"The run used {saved['threads']} threads, now {torch.get_num_threads()}: sums may round differently.")
-    if saved["torch"] != torch.__version__:
+    if saved["torch"] != str(torch.__version__):
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def load_checkpoint(folder: Path) -> State:
             state: State = torch.load(
                 folder / "checkpoints" / f"{step:06d}" / STATE, map_location="cpu", weights_only=True
             )
-        except (OSError, RuntimeError, EOFError):
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
             continue  # a torn file: the one before it is whole
         return state
     raise UserError(
