@@ -217,6 +217,15 @@ def test_mixed_methods_and_input_side_dora_are_refused(tmp_path: Path) -> None:
         write_peft(tmp_path, sideways, parts=parts)
 
 
+def test_an_export_does_not_mix_with_an_older_one(tmp_path: Path) -> None:
+    parts = parts_like("sd1")
+    adapters = adapters_for(parts, "lora", rank=2)
+    write_peft(tmp_path, adapters, parts=parts)
+    write_peft(tmp_path, adapters, parts=parts)
+    with pytest.raises(UserError, match="another adapter"):
+        write_peft(tmp_path, {site: a for site, a in adapters.items() if site.startswith("unet.")}, parts=parts)
+
+
 def test_a_peft_kind_that_we_do_not_know_is_named(tmp_path: Path) -> None:
     config = lambda targets: peft.VeraConfig(r=4, target_modules=["to_q"])  # noqa: E731
     model = peft.get_peft_model(parts_like("sd1")["unet"], config([]))

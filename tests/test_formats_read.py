@@ -385,3 +385,70 @@ def test_broken_peft_folders_are_explained(config: str, weights: bool, word: str
         save_file({"base_model.model.x.lora_A.weight": draw(1, 1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match=word):
         read_adapter(tmp_path)
+
+
+LEAVES = {
+    "lora": {"lora_down.weight": (3, 16), "lora_up.weight": (16, 3), "alpha": (), "dora_scale": (16, 1)},
+    "tucker": {"lora_down.weight": (3, 16, 1, 1), "lora_mid.weight": (3, 3, 1, 1), "lora_up.weight": (16, 3, 1, 1)},
+    "loha": {"hada_w1_a": (16, 3), "hada_w1_b": (3, 16), "hada_w2_a": (16, 3), "hada_w2_b": (3, 16), "alpha": ()},
+    "lokr": {"lokr_w1_a": (4, 1), "lokr_w1_b": (1, 4), "lokr_w2_a": (4, 2), "lokr_w2_b": (2, 4), "alpha": ()},
+    "oft": {"oft_blocks": (4, 4, 4), "alpha": (), "rescale": (16, 1)},
+    "boft": {"oft_blocks": (2, 4, 4, 4), "alpha": ()},
+    "ia3": {"weight": (16,), "on_input": ()},
+    "glora": {"a1.weight": (16, 3), "a2.weight": (3, 16), "b1.weight": (16, 3), "b2.weight": (3, 16), "alpha": ()},
+    "full": {"diff": (16, 16), "diff_b": (16,), "scalar": ()},
+    "old oft": {"oft_diag": (4, 4, 4)},
+}
+PEFT_LEAVES = {
+    "LORA": {"lora_A.weight": (3, 16), "lora_B.weight": (16, 3), "lora_B.bias": (16,), "lora_magnitude_vector": (16,)},
+    "ADALORA": {"lora_A": (3, 16), "lora_E": (3, 1), "lora_B": (16, 3)},
+    "OFT": {"oft_R.weight": (4, 6)},
+    "BOFT": {"boft_R": (1, 4, 4, 4), "boft_s": (16, 1)},
+    "IA3": {"ia3_l": (16, 1)},
+}
+ODD = [(), (0,), (7,), (2, 0), (1, 1), (5, 3), (2, 2, 2), (1, 2, 3, 4), (1, 1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("form", [*LEAVES, *PEFT_LEAVES])
+def test_tensors_of_any_odd_shape_are_read_or_explained(form: str, parts: dict, tmp_path: Path) -> None:
+    leaves = {**LEAVES, **PEFT_LEAVES}[form]
+    start = f"base_model.model.{SITE.removeprefix('unet.')}" if form in PEFT_LEAVES else KEY
+    if form in PEFT_LEAVES:
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": form}))
+    file = tmp_path / "adapter_model.safetensors"
+    for leaf in leaves:
+        for shape in (leaves[leaf], *ODD):
+            tensors = {f"{start}.{name}": draw(*(shape if name == leaf else own)) for name, own in leaves.items()}
+            save_file(tensors, file)
+            try:
+                opened = read_adapter(file)
+            except UserError:
+                assert shape != leaves[leaf]
+                continue
+            assert isinstance(opened.ranks, dict)
+            assert isinstance(opened.base, str)
+            adapters, unmatched = opened.match(parts)
+            if shape == leaves[leaf]:
+                assert list(adapters) == [SITE], unmatched
+            else:
+                assert adapters or unmatched
+            for site, adapter in adapters.items():
+                assert adapter.delta(weight_at(parts, site)).shape == (16, 16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "LORA", "lora_alpha": None},
+        {"peft_type": "LORA", "lora_alpha": "much"},
+        {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": {"(": 2}},
+        {"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": {"to_q": "x"}},
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_told(config: dict, parts: dict, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    start = f"base_model.model.{SITE.removeprefix('unet.')}"
+    tensors = {f"{start}.lora_A.weight": draw(3, 16), f"{start}.lora_B.weight": draw(16, 3)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="makes no sense"):
+        read_adapter(tmp_path)

@@ -149,6 +149,8 @@ class Oft(Adapter):
         adapter = cls(shape, OftPlan(blocks.shape[1], blocks.shape[0], "output", max(limit, 0.0)))
         adapter.triangle.data = triangle_from_skew(blocks - blocks.transpose(1, 2)).contiguous()
         if "rescale" in tensors:
+            if tensors["rescale"].numel() != shape[0]:
+                raise ValueError(f"rescale has {tensors['rescale'].numel()} values for {shape[0]} outputs")
             adapter.rescale = tensors["rescale"].detach().float().flatten()
         adapter.read_magnitude(tensors)
         return adapter

@@ -50,7 +50,7 @@ def guess_trigger(metadata: Mapping[str, str]) -> str:
     return ""
 
 
-def what_instead(keys: Iterable[str], tensors: Mapping[str, Tensor]) -> tuple[str, str]:
+def what_instead(keys: Iterable[str]) -> tuple[str, str]:
     """What a file without any adapter tensor is, and what to do, for a person."""
     names = list(keys)
     if not names:

@@ -54,6 +54,8 @@ _WHOLE = ("bm.weight", "diff", "diff_b", "w_norm", "b_norm")
 KNOWN = frozenset(LEAVES.values()) | frozenset(_LORA + _HADA + _LOKR + _OFT + _OTHER + _WHOLE)
 """Every leaf that some adapter form reads."""
 
+NO_NAME = "its name is none that adapter files use"
+
 
 @dataclass(frozen=True)
 class Key:
@@ -104,7 +106,7 @@ def _dotted(key: str, part: str) -> Key | str:
         if leaf in KNOWN and leaf != "weight" and len(words) > count:
             path = ".".join(words[:-count])
             return Key(part or _guess_part(path), flat_name(path), leaf, path, is_dotted=True)
-    return "its name is none that adapter files use"
+    return NO_NAME
 
 
 def _old(words: list[str], part: str) -> Key:

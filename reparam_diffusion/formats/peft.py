@@ -48,6 +48,13 @@ def write_peft(
     contents = {part: _part(sites, parts) for part, sites in by_part.items()}  # all or nothing
     if not any(rows for rows, _ in contents.values()):
         raise UserError("There is nothing to write.", "No layer has anything left to change.", "Train for longer.")
+    stale = [name for part, name in _FOLDER_OF.items() if part not in contents and (folder / name).exists()]
+    if stale:
+        raise UserError(
+            f"{folder} holds another adapter.",
+            f"Its {stale[0]} would be read together with this one.",
+            "Choose an empty folder.",
+        )
     for part, (rows, config) in contents.items():
         if not rows:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.adapters.foreign import forms_of, read_forms
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
-from reparam_diffusion.formats.keys import KNOWN, parse_key
+from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
 from reparam_diffusion.formats.names import Parts, diffusers_name, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
@@ -55,7 +56,7 @@ class Site:
         if "lora_E" in self.leaves:
             return int((self.leaves["lora_E"] != 0).sum())
         for leaf in ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-            if leaf in self.leaves:
+            if leaf in self.leaves and self.leaves[leaf].ndim:
                 return self.leaves[leaf].shape[0]
         return None
 
@@ -143,8 +144,8 @@ def read_adapter(path: Path | str) -> AdapterFile:
                 sites[name] = site
     metadata = {key: value for piece in pieces for key, value in piece.metadata.items()}
     if not sites:
-        keys = [key for piece in pieces for key in piece.tensors]
-        why, do = what_instead(keys, pieces[0].tensors)
+        told = [f"{key}: {why}." for key, why in unmatched if why != NO_NAME]
+        why, do = (told[0], "Check the file.") if told else what_instead(pieces[0].tensors)
         raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
     return AdapterFile(path, metadata, unmatched, sites)
 
@@ -152,7 +153,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
 def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
     """A piece's tensors gathered into layers; what does not belong goes to `unmatched`."""
     gathered: dict[tuple[str, str], Site] = {}
-    padding = set(json.loads(piece.metadata.get(PADDING, "[]")))
+    padding = _padding_of(piece.metadata)
     for key, tensor in piece.tensors.items():
         parsed = parse_key(key, part=piece.part)
         if isinstance(parsed, str):
@@ -173,11 +174,24 @@ def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
     return [site for site in gathered.values() if _is_complete(site, piece, unmatched)]
 
 
+def _padding_of(metadata: Mapping[str, str]) -> set[str]:
+    """The layers that our writer added for others; none where the header has something else under this key."""
+    try:
+        names = json.loads(metadata.get(PADDING, "[]"))
+    except ValueError:
+        return set()
+    return {str(name) for name in names} if isinstance(names, list) else set()
+
+
 def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
     """Finish a site's leaves from the configuration and check that they make up an adapter."""
     if site.is_dotted:
         config = piece.config if piece.config is not None else piece.part_configs.get(site.part)
-        complete(site.leaves, site.path, config)
+        try:
+            complete(site.leaves, site.path, config)
+        except (TypeError, ValueError, IndexError, ZeroDivisionError, re.error) as error:
+            unmatched.append((site.key, f"its configuration makes no sense for it ({error})"))
+            return False
     elif piece.metadata.get("ss_network_module") == "networks.oft":
         _settle_kohya_oft(site.leaves)
     _fold_scalar(site.leaves)
@@ -197,7 +211,7 @@ def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
 def _settle_kohya_oft(leaves: dict[str, Tensor]) -> None:
     """kohya's own OFT takes alpha 0 as "no rotation at all", everybody else as "no constraint"."""
     alpha = leaves.get("alpha")
-    if "oft_blocks" in leaves and alpha is not None and float(alpha.float().flatten()[0]) == 0:
+    if "oft_blocks" in leaves and alpha is not None and not bool(alpha.any()):
         leaves["oft_blocks"] = torch.zeros_like(leaves["oft_blocks"])
 
 
@@ -206,7 +220,7 @@ def _fold_scalar(leaves: dict[str, Tensor]) -> None:
     scalar = leaves.pop("scalar", None)
     for leaf in ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a"):
         if scalar is not None and leaf in leaves:
-            leaves[leaf] = leaves[leaf].float() * scalar.float().flatten()[0]
+            leaves[leaf] = leaves[leaf].float() * scalar.float().sum()  # one value, of any shape
 
 
 def _build(leaves: Mapping[str, Tensor], shape: Sequence[int]) -> Adapter:
