@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +78,7 @@ def parts_like(family: str) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def output(parts: Mapping[str, nn.Module]) -> Tensor:
-    """What all parts of a model give for fixed inputs, in one vector. Each part weighs about the same."""
+    """What all parts of a model give for fixed inputs, in one vector."""
     chance = torch.Generator().manual_seed(7)
     unet = parts["unet"]
     x = torch.randn(2, 4, 8, 8, generator=chance)
@@ -94,7 +93,7 @@ def output(parts: Mapping[str, nn.Module]) -> Tensor:
             pieces.append(answer.last_hidden_state.flatten())
             if hasattr(answer, "text_embeds"):
                 pieces.append(answer.text_embeds.flatten())
-    return torch.cat([piece / piece.norm().clamp_min(1e-6) ** 0 for piece in pieces])
+    return torch.cat(pieces)
 
 
 def with_adapters(parts: Mapping[str, nn.Module], adapters: Mapping[str, Adapter]) -> Tensor:
@@ -116,20 +115,3 @@ def assert_equal(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
     assert moved >= 0.1, f"the adapter moves the output by {moved:.2g} only, which proves nothing"
     assert of_output <= 1e-5, f"error of the output {of_output:.2g}"
     assert of_change <= 1e-4, f"error of the change {of_change:.2g}"
-
-
-def randomise(tensors: Mapping[str, Tensor], *, std: float = 0.3, seed: int = 5) -> None:
-    """Draw every factor anew, in place: a fresh adapter proves nothing."""
-    chance = torch.Generator().manual_seed(seed)
-    for tensor in tensors.values():
-        tensor.data.copy_(std * torch.randn(tensor.shape, generator=chance))
-
-
-@contextmanager
-def restored(model: nn.Module, check: Callable[[], None] | None = None):
-    """The model's weights put back afterwards."""
-    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    try:
-        yield model
-    finally:
-        model.load_state_dict(kept)

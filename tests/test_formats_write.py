@@ -90,6 +90,25 @@ def test_every_method_comes_back_as_it_was(form: str, family: str, tmp_path: Pat
     assert_equal(with_adapters(parts, back), with_adapters(parts, adapters), base)
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])  # sdxl: LDM names, with one layer a block
+def test_the_starter_models_adapters_come_back_as_they_were(
+    family: str, starter_unet: nn.Module, starter_text_encoder: nn.Module, tmp_path: Path
+) -> None:
+    parts = {"unet": starter_unet, "te1": starter_text_encoder}
+    for method in METHODS:
+        adapters = adapters_for(parts, method)
+        file = read_adapter(
+            write_adapter(tmp_path / "a.safetensors", adapters, parts=parts, family=family, precision="fp32")
+        )
+        back, unmatched = file.match(parts)
+        assert unmatched == []
+        assert set(back) == set(adapters)
+        for site in list(adapters)[::17]:
+            weight = find_module(parts, site).weight
+            exact = adapters[site].delta(weight).detach()
+            assert (back[site].delta(weight) - exact).norm() <= 1e-6 * exact.norm(), site
+
+
 def test_every_registered_method_is_among_the_forms_above() -> None:
     assert {method for method, _ in SPECS.values()} == set(METHODS)
 
