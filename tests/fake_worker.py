@@ -21,7 +21,7 @@ def fake_train(
     kept = sorted((folder / "checkpoints").glob("*"), key=lambda place: int(place.name))
     first = int(kept[-1].name) if resume and kept else 0
     yield e.Launched(os.getpid(), str(folder))
-    yield e.Started(config.adapter.method, total, first, 3, 100, 200, "cpu", "fp32", 2)
+    yield e.Started(config.adapter.method, total, first + 1, 3, 100, 200, "cpu", "fp32", 2)
     for step in range(first + 1, total + 1):
         request = stop()
         if request == "pause":

@@ -146,6 +146,17 @@ def test_a_resumed_steps_later_line_wins() -> None:
     assert (told.step, told.samples) == (2, [])
 
 
+def test_a_run_stopped_before_it_reached_its_old_place_stands_where_it_stopped() -> None:
+    state = fold.Fold()
+    started = e.Started("lora", 10, 3, 3, 100, 200, "cpu", "fp32", 2)
+    for event in (step(1, 1.0), step(2, 1.0), step(3, 1.0), step(4, 1.0), started):
+        state.feed(event)
+    assert state.state(is_held=True).step == 2
+    for event in (step(3, 1.0), e.Stopped(2, "adapter.safetensors")):
+        state.feed(event)
+    assert state.state(is_held=False).step == 2
+
+
 def test_the_loss_is_thinned_to_means_that_keep_the_last_step() -> None:
     state = fold.Fold()
     for number in range(1, 1002):
@@ -158,7 +169,7 @@ def test_the_loss_is_thinned_to_means_that_keep_the_last_step() -> None:
 
 def test_time_left_comes_from_the_pace_of_the_last_steps() -> None:
     state = fold.Fold()
-    state.feed(e.Started("lora", 10, 0, 3, 100, 200, "cpu", "fp32", 2))
+    state.feed(e.Started("lora", 10, 1, 3, 100, 200, "cpu", "fp32", 2))
     for number in (1, 2, 3, 4):
         state.feed(step(number, 1.0))
     told = state.state(is_held=True)

@@ -103,7 +103,7 @@ def test_names_and_messages_are_escaped() -> None:
     for html in (
         fragments.strip_of(chosen),
         fragments.progress_of(state, ""),
-        fragments.pairs_of(Path("/nowhere"), state.samples),
+        fragments.pairs_of(Path("/nowhere"), state.samples, is_live=True),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
@@ -121,7 +121,7 @@ def test_a_mistake_of_ours_goes_to_the_log_and_a_persons_is_escaped(tmp_path: Pa
     assert str(page_log(tmp_path)) in told.value.message
     with pytest.raises(gr.Error) as told:
         guarded(theirs, tmp_path)()
-    assert (told.value.title, told.value.message) == ("No &lt;b&gt;", "Why &amp; what.")
+    assert told.value.message == "<strong>No &lt;b&gt;.</strong> Why &amp; what."
 
 
 def test_the_loss_is_drawn_within_its_frame_whatever_its_values() -> None:

@@ -41,17 +41,16 @@ def guarded(handler: Callable[P, R], workspace: Path) -> Callable[P, R]:
         except gr.Error:
             raise
         except UserError as error:
-            title = html.escape(error.what.rstrip("."))
-            rest = html.escape(" ".join(part for part in (error.why, error.do) if part))
-            raise gr.Error(rest or title, title=title if rest else "Please check", print_exception=False) from None
+            raise _toast(error.what, " ".join(part for part in (error.why, error.do) if part)) from None
         except Exception as error:  # The page's door: a traceback says nothing to a person, so it goes to the log.
             LOG.exception("%s failed", getattr(handler, "__name__", "a handler"))
-            place = html.escape(str(page_log(workspace)))
-            raise gr.Error(
-                f"The report is at the end of {place}; please send it to us.",
-                title="This is our mistake",
-                print_exception=False,
-                duration=None,
-            ) from error
+            place = f"The report is at the end of {page_log(workspace)}; please send it to us."
+            raise _toast("This is our mistake.", place, seconds=None) from error
 
     return told
+
+
+def _toast(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:
+    """A sentence and what belongs to it, escaped. (Gradio's own title does not reach the browser from the queue.)"""
+    message = f"<strong>{html.escape(what)}</strong> {html.escape(rest)}"
+    return gr.Error(message, duration=seconds, title="Please note", print_exception=False)

@@ -13,7 +13,7 @@ from urllib.parse import quote
 import gradio as gr
 from PIL import Image, ImageOps
 
-from reparam_diffusion.events import Sampled, Started
+from reparam_diffusion.events import Sampled
 from reparam_diffusion.jobs.datasets import PictureSet
 from reparam_diffusion.jobs.fold import RunState
 
@@ -102,7 +102,7 @@ def progress_of(state: RunState, request: str) -> str:
     step = f"Step {state.step} of {state.steps}" if state.steps else _phase_words(state)
     notes = []
     if state.state == "running":
-        if state.steps and not state.step:
+        if state.steps and state.phase != "training":
             notes.append(_phase_words(state))
         elif state.step and state.step == state.steps:
             notes.append("drawing the last pictures and writing the file")
@@ -110,14 +110,14 @@ def progress_of(state: RunState, request: str) -> str:
             notes.append(f"about {plain_time(state.seconds_left)} left")
     elif state.step and state.seconds >= 1:
         notes.append(f"{plain_time(state.seconds)} of training")
-    if state.seconds_per_step and state.state == "running":
+    if state.seconds_per_step and state.state == "running" and state.phase == "training":
         notes.append(f"{state.seconds_per_step:.2g} s a step")
     return (
         f'<div class="progress {state.state}"><p class="line"><span class="chip">{word}</span> '
         f'<strong>{escape(step)}</strong> <span class="quiet">{escape(" · ".join(notes))}</span></p>'
         f'<div class="bar" role="progressbar" aria-label="Progress of the run" aria-valuemin="0" aria-valuemax="100" '
         f'aria-valuenow="{share * 100:.0f}"><span style="width:{share * 100:.1f}%"></span></div>'
-        f"{_callout(state)}{_facts(state.started)}</div>"
+        f"{_callout(state)}{_facts(state)}</div>"
     )
 
 
@@ -147,16 +147,22 @@ def _callout(state: RunState) -> str:
     return said
 
 
-def _facts(started: Started | None) -> str:
+def _facts(state: RunState) -> str:
+    """How large it all is; for methods that move their ranks, where they went."""
+    started = state.started
     if started is None:
         return ""
-    return (
-        f'<p class="quiet">{started.pictures} pictures, {started.parameters:,} numbers in {started.sites} layers, '
-        f"a file of {plain_size(started.file_bytes)}, on {escape(started.device)} in {escape(started.precision)}.</p>"
+    told = (
+        f"{started.pictures} pictures, {started.parameters:,} numbers in {started.sites} layers, "
+        f"a file of {plain_size(started.file_bytes)}, on {started.device} in {started.precision}."
     )
+    ranks = list(state.ranks.values())
+    if ranks and min(ranks) != max(ranks):
+        told += f" Ranks now go from {min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average."
+    return f'<p class="quiet">{escape(told)}</p>'
 
 
-def pairs_of(folder: Path, samples: Sequence[Sampled]) -> str:
+def pairs_of(folder: Path, samples: Sequence[Sampled], *, is_live: bool) -> str:
     """For each prompt the base model's picture and the newest one, from the same seed."""
     if not samples:
         return "<p class=\"quiet empty\">Pictures appear here: first the base model's, then the adapter's.</p>"
@@ -166,7 +172,8 @@ def pairs_of(folder: Path, samples: Sequence[Sampled]) -> str:
         own = [sample for sample in samples if (sample.prompt, sample.seed) == (prompt, seed)]
         base = next((sample for sample in own if sample.step == 0), None)
         last = own[-1] if own[-1].step else None
-        figures = _figure(folder, base, "Base model") + _figure(folder, last, "With the adapter")
+        absent = "still to come" if is_live else "none was drawn"
+        figures = _figure(folder, base, "Base model", absent) + _figure(folder, last, "With the adapter", absent)
         rows += (
             f'<div class="pair"><div class="two">{figures}</div>'
             f'<p class="quiet">“{escape(prompt)}”, seed {seed}</p></div>'
@@ -174,9 +181,9 @@ def pairs_of(folder: Path, samples: Sequence[Sampled]) -> str:
     return f'<div class="pairs">{rows}</div>'
 
 
-def _figure(folder: Path, sample: Sampled | None, title: str) -> str:
+def _figure(folder: Path, sample: Sampled | None, title: str, absent: str) -> str:
     if sample is None:
-        return f'<figure><div class="blank">still to come</div><figcaption>{title}</figcaption></figure>'
+        return f'<figure><div class="blank">{absent}</div><figcaption>{title}</figcaption></figure>'
     step = f", step {sample.step}" if sample.step else ""
     file = folder / sample.path
     address = f"{link_to(file)}?{_age(file)}"
@@ -201,7 +208,7 @@ def result_of(folder: Path, state: RunState) -> str:
         return ""
     serve(file.parent)
     return (
-        f'<p class="result"><a class="download" href="{link_to(file)}" download="{escape(file.name)}">'
+        f'<p class="result"><a class="take" href="{link_to(file)}" download="{escape(file.name)}">'
         f'Download {escape(file.name)}</a> <span class="quiet">{plain_size(file.stat().st_size)}</span></p>'
     )
 

@@ -11,7 +11,7 @@ from reparam_diffusion.jobs.fold import RunState
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 40  # room around the axes
+LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 40  # room around the axes
 AVERAGED = 20  # points in the running mean
 
 

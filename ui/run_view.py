@@ -179,11 +179,15 @@ def _contents(workspace: Path, view: RunView, name: str | None) -> dict[gr.compo
     pace = OFTEN if state.is_live else SELDOM
     resume = "Resume" if state.checkpoint else "Start again" if state.state != "created" else "Start"
     can_ask = state.is_live and not request
+
+    def pairs() -> str:
+        return fragments.pairs_of(folder, state.samples, is_live=state.is_live)
+
     return {
         view.choice: listed,
         view.progress: (progress, gr.update(value=progress)),
         view.result: (result, gr.update(value=result)),
-        view.pairs: ((name, pictures), lambda: gr.update(value=fragments.pairs_of(folder, state.samples))),
+        view.pairs: ((name, pictures, state.is_live), lambda: gr.update(value=pairs())),
         view.loss: (
             (name, state.step, len(state.losses), len(state.validations)),
             lambda: gr.update(value=loss_plot(state)),

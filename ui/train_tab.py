@@ -127,7 +127,8 @@ def _connect_pictures(workspace: Path, tab: TrainTab) -> None:
             about = example.about
             return None, example, fragments.strip_of(example), about.trigger, about.class_word, about.kind
 
-        button.click(guarded(take_example, workspace), None, outputs, api_visibility="private")
+        quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # Any: gradio's own arguments
+        button.click(guarded(take_example, workspace), None, outputs, **quiet)
 
 
 def _connect_choices(workspace: Path, tab: TrainTab) -> None:

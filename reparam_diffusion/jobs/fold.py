@@ -85,6 +85,7 @@ class Fold:
                 self.phase = e.Prepared("starting", 0, 0)
             case e.Started():
                 self.started = event
+                self._rewind(event.first_step)
                 self.ranks = dict(event.ranks)
                 self.phase = e.Prepared("first pictures", 0, 0)  # what the loop does between this and step 1
             case e.Prepared():
@@ -101,19 +102,27 @@ class Fold:
                 self._take_saved(event)
             case e.Finished() | e.Stopped():
                 self.adapter = event.path or self.adapter
+                self._rewind(event.step + 1)
+            case e.Paused():
+                self._rewind(event.step + 1)
         self.last = event
 
     def _take_step(self, event: e.Step) -> None:
-        if self.steps and event.step <= self.steps[-1]:
-            first = bisect_left(self.steps, event.step)
-            del self.steps[first:], self.losses[first:]
-            self.validations = {step: row for step, row in self.validations.items() if step < event.step}
-            self.samples = {key: row for key, row in self.samples.items() if key[0] < event.step}
+        self._rewind(event.step)
         self.steps.append(event.step)
         self.losses.append(event.loss)
         self.recent.append(event.seconds)
         self.seconds += event.seconds
         self.phase = e.Prepared("training", 0, 0)
+
+    def _rewind(self, first: int) -> None:
+        """Forget the steps from `first` on: a run that was resumed before them does them anew."""
+        if not self.steps or first > self.steps[-1]:
+            return
+        at = bisect_left(self.steps, first)
+        del self.steps[at:], self.losses[at:]
+        self.validations = {step: row for step, row in self.validations.items() if step < first}
+        self.samples = {key: row for key, row in self.samples.items() if key[0] < first}
 
     def _take_saved(self, event: e.Saved) -> None:
         if event.kind == "checkpoint":

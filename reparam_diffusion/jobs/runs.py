@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
-from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
 from reparam_diffusion.gallery.shelf import make_slug, write_bytes
@@ -20,7 +20,6 @@ __all__ = [
     "EventLog",
     "Follower",
     "RunState",
-    "adapter_name",
     "ask",
     "asked",
     "clear_requests",
@@ -67,12 +66,6 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
             "model": config.model.model_copy(update={"path": str(model.resolve())}) if is_folder else config.model,
         }
     )
-
-
-def adapter_name(config: TrainConfig) -> str:
-    """What the finished adapter is called."""
-    words = (config.data.trigger, config.data.class_word, config.adapter.method)
-    return config.output.name or " ".join(word for word in words if word)
 
 
 def workspace_of(folder: Path) -> Path:

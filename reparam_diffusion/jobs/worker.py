@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from typing import Protocol
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion import events as e
-from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.config import TrainConfig, adapter_name
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.jobs import locks, runs
@@ -96,7 +97,7 @@ def _on_device(
                 return
             time.sleep(LOOK_AGAIN)
         if train is None:
-            from reparam_diffusion.train.loop import train as loop
+            from reparam_diffusion.training.loop import train as loop
 
             train = loop
         preview: Path | None = None
@@ -127,7 +128,7 @@ def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None
     }
     workspace = runs.workspace_of(folder)
     try:
-        added = shelf.add(file, workspace, name=runs.adapter_name(config), thumbnail=preview, facts=facts)
+        added = shelf.add(file, workspace, name=adapter_name(config), thumbnail=preview, facts=facts)
     except OSError as error:
         return e.Warned(
             f"The adapter could not be put into the gallery: {error.strerror}. It lies in the run's folder."
@@ -148,7 +149,7 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
         return e.Failed("The disk is full.", f"There is no room left for {folder}.", "Make room, then resume the run.")
     return e.Failed(
         "The training broke off through a mistake of ours.",
-        f"{type(error).__name__}: {error}".splitlines()[0][:300],
+        re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])[:300],
         f"The full report is at the end of {runs.log_file(folder)}; please send it to us.",
     )
 
