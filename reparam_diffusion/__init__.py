@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from reparam_diffusion.errors import UserError
     from reparam_diffusion.formats.read import read_adapter
     from reparam_diffusion.models.load import Model, load_model
-    from reparam_diffusion.train.loop import train
+    from reparam_diffusion.training.loop import train
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _HOMES = {
     "read_adapter": "formats.read",
     "Model": "models.load",
     "load_model": "models.load",
-    "train": "train.loop",
+    "train": "training.loop",
 }
 
 __all__ = [

@@ -166,10 +166,21 @@ def inspect(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
+def methods(
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False,
+) -> None:
     """List the adapter methods and their settings."""
     from reparam_diffusion.adapters import METHODS
 
+    if markdown:
+        rows = ["| method | good for | settings (default) |", "|---|---|---|"]
+        for method in METHODS.values():
+            fields = [(n, f) for n, f in method.spec.model_fields.items() if n != "method"]
+            cells = ", ".join(f"`{n}` ({json.dumps(f.default)})" for n, f in fields)
+            rows.append(f"| **{method.title}** | {method.summary} | {cells} |")
+        typer.echo("\n".join(rows))
+        return
     if as_json:
         typer.echo(json.dumps({name: method.spec.model_json_schema() for name, method in METHODS.items()}, indent=1))
         return
@@ -228,7 +239,7 @@ def _say_plan(config: Any) -> None:
     """Layers, parameters and file size before training. Any: config's module is imported late."""
     from reparam_diffusion.models.load import load_model
     from reparam_diffusion.targets import count_parameters, file_bytes
-    from reparam_diffusion.train.learner import plan_run
+    from reparam_diffusion.training.learner import plan_run
 
     sites = plan_run(load_model(config.model.path, device="cpu"), config)
     typer.echo(f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {file_bytes(sites) / 1e6:.1f} MB.")

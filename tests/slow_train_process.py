@@ -11,7 +11,7 @@ import torch
 
 from reparam_diffusion.config import read_settings, settle
 from reparam_diffusion.events import Step
-from reparam_diffusion.train.loop import train
+from reparam_diffusion.training.loop import train
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.train.objective import Objective
+from reparam_diffusion.training.objective import Objective
 
 
 def model(prediction: str, **more: object) -> SimpleNamespace:

@@ -16,7 +16,7 @@ from tiny_pipelines import save_pictures, save_tiny
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import parse_set, settle, to_toml
 from reparam_diffusion.events import Step
-from reparam_diffusion.train.loop import train
+from reparam_diffusion.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Finished, Paused, Ranked, Sampled, Saved, Started, Step, Stopped, Validated
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.models.load import load_model
-from reparam_diffusion.train.loop import train
+from reparam_diffusion.training.loop import train
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,9 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import Draw, generator
 from reparam_diffusion.models.encode import Encoded, encode, time_ids
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.train.objective import Noised, Objective
-from reparam_diffusion.train.prepare import Material, at_size, text_encoder, vae_encoder
-from reparam_diffusion.train.processes import Processes
+from reparam_diffusion.training.objective import Noised, Objective
+from reparam_diffusion.training.prepare import Material, at_size, text_encoder, vae_encoder
+from reparam_diffusion.training.processes import Processes
 
 _CLASS_INDEX = 1_000_000
 """Class pictures are drawn under the index of the picture they accompany plus this."""

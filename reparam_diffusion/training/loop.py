@@ -28,15 +28,15 @@ from reparam_diffusion.events import (
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.precision import DTYPES, name_of, pick_device, pick_precision
 from reparam_diffusion.targets import count_parameters, file_bytes
-from reparam_diffusion.train.batch import draw_of, loss_of, samples_at, trains_text
-from reparam_diffusion.train.facts import write_finished
-from reparam_diffusion.train.learner import Learner, plan_run
-from reparam_diffusion.train.measure import fixed_noise_loss, save_previews
-from reparam_diffusion.train.objective import Objective
-from reparam_diffusion.train.optim import learning_rates
-from reparam_diffusion.train.prepare import Material, captions_of, prepare, preview_prompts
-from reparam_diffusion.train.processes import Processes, join_processes
-from reparam_diffusion.train.state import State, load_checkpoint, save_checkpoint
+from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
+from reparam_diffusion.training.facts import write_finished
+from reparam_diffusion.training.learner import Learner, plan_run
+from reparam_diffusion.training.measure import fixed_noise_loss, save_previews
+from reparam_diffusion.training.objective import Objective
+from reparam_diffusion.training.optim import learning_rates
+from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
+from reparam_diffusion.training.processes import Processes, join_processes
+from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint
 
 Asked = Callable[[], str | bool]
 """Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" ends with a checkpoint."""
@@ -238,4 +238,3 @@ def _differences(saved: State, model: Model) -> Iterator[Event]:
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
 
 
-__all__ = ["Asked", "captions_of", "never", "train"]

@@ -12,9 +12,9 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import draw
-from reparam_diffusion.train.batch import Sample, scaled, size_ids, texts_of
-from reparam_diffusion.train.objective import Noised, Objective
-from reparam_diffusion.train.prepare import Material, vae_encoder
+from reparam_diffusion.training.batch import Sample, scaled, size_ids, texts_of
+from reparam_diffusion.training.objective import Noised, Objective
+from reparam_diffusion.training.prepare import Material, vae_encoder
 
 TIMES = (0.1, 0.35, 0.6, 0.85)
 """Shares of the schedule at which the fixed-noise loss is taken."""

@@ -16,9 +16,9 @@ from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import last_layers
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.targets import SitePlan, build_adapters, plan_sites
-from reparam_diffusion.train.batch import trains_text
-from reparam_diffusion.train.optim import make_optimizer, make_schedule
-from reparam_diffusion.train.processes import Processes
+from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.optim import make_optimizer, make_schedule
+from reparam_diffusion.training.processes import Processes
 
 
 def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:

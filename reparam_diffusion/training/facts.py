@@ -15,9 +15,9 @@ from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import name_of
-from reparam_diffusion.train.batch import trains_text
-from reparam_diffusion.train.learner import Learner
-from reparam_diffusion.train.prepare import Material
+from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.learner import Learner
+from reparam_diffusion.training.prepare import Material
 
 ADAPTER = "adapter.safetensors"
 
