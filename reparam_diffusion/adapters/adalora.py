@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from reparam_diffusion.adapters.base import Adapter, Host, Method, Plan, Shape, Spec, register
+from reparam_diffusion.adapters.base import Adapter, Method, Plan, Shape, Spec, register
 from reparam_diffusion.adapters.lora import settled_rank
 
 

@@ -23,6 +23,7 @@ from reparam_diffusion.maths.orthogonal import (
     rotate_blocks,
     skew_from_triangle,
     triangle_from_skew,
+    turn_outputs,
 )
 
 UNCONSTRAINED = 1000.0
@@ -110,15 +111,11 @@ class Oft(Adapter):
         return host.channels_back(added)
 
     def onto(self, total: Tensor, x: Tensor, y: Tensor, host: Host, strength: Tensor) -> Tensor | None:
-        """As the residual, but y goes in with its bias, of which the rotation is taken off again: one pass less."""
-        fits = self.plan.side == "output" and host.kind == "linear" and self.magnitude is None and self.rescale is None
-        if not fits:
-            return super().onto(total, x, y, host, strength)
-        turn = self.turn() * strength
-        total = total + rotate_blocks(turn.to(y.dtype), y)
-        if host.bias is None:
-            return total
-        return total - rotate_blocks(turn, host.bias.to(turn.dtype)).to(y.dtype)
+        """On the base's own output the rotation goes by itself, in less memory."""
+        plain = self.plan.side == "output" and self.magnitude is None and self.rescale is None
+        if plain and host.kind == "linear" and total is y:
+            return turn_outputs(y, self.turn() * strength, host.bias)
+        return super().onto(total, x, y, host, strength)
 
     def shift(self, x: Tensor, host: Host) -> Tensor | None:
         """W Rᵀ x: the rotation of the host's own input."""

@@ -27,7 +27,7 @@ class _CayleyTurn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, skew: Tensor) -> Tensor:
         eye = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
-        turn: Tensor = 2 * skew @ torch.linalg.inv(eye - skew)
+        turn: Tensor = 2 * skew @ torch.linalg.inv_ex(eye - skew).inverse  # never singular, so no check that waits
         ctx.save_for_backward(turn)
         return turn
 
@@ -62,10 +62,15 @@ def clipped(skew: Tensor, limit: float) -> Tensor:
     return torch.where(norm > limit, skew * (limit / norm.clamp_min(1e-30)), skew)
 
 
-def _widened(blocks: Tensor, width: int = 16) -> Tensor:
-    """Neighbouring blocks joined into block-diagonal ones of up to `width`: small products run at a third of the speed."""
+def _joined(num: int, size: int, width: int = 16) -> int:
+    """How many blocks make one of up to `width`."""
+    return next(count for count in range(max(width // size, 1), 0, -1) if num % count == 0)
+
+
+def _widened(blocks: Tensor) -> Tensor:
+    """Neighbouring blocks joined into block-diagonal ones: small products run at a third of the speed."""
     num, size, _ = blocks.shape
-    join = next(count for count in range(max(width // size, 1), 0, -1) if num % count == 0)
+    join = _joined(num, size)
     if join == 1:
         return blocks
     wide = blocks.new_zeros(num // join, join, size, join, size)
@@ -79,3 +84,41 @@ def rotate_blocks(blocks: Tensor, x: Tensor) -> Tensor:
     num, size, _ = blocks.shape
     parts = x.reshape(-1, num, size).transpose(0, 1)  # (num, rows, b)
     return torch.bmm(parts, blocks.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
+
+
+def turn_outputs(y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:
+    """y + T (y − bias), blockwise on the last axis, for T = s (R − I)."""
+    turned: Tensor = _TurnOutputs.apply(y, turn, bias)  # type: ignore[no-untyped-call]
+    return turned
+
+
+class _TurnOutputs(torch.autograd.Function):
+    """Keeps the result, which the next layer keeps anyway, in place of y: y − bias = (I + T)⁻¹ (result − bias)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:
+        turned = rotate_blocks(turn.to(y.dtype), y).add_(y)
+        if bias is not None:
+            turned -= rotate_blocks(turn, bias.to(turn.dtype)).to(y.dtype)
+        ctx.save_for_backward(turned, turn, bias)
+        return turned
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor, None]:  # Any: saved_tensors are made at run time
+        turned, turn, bias = ctx.saved_tensors
+        for_y = rotate_blocks(turn.mT.to(g.dtype), g).add_(g) if ctx.needs_input_grad[0] else None
+        num, size, _ = turn.shape
+        gram = _gram_of_blocks(g, turned, num, size).to(turn.dtype)
+        if bias is not None:
+            sums = g.flatten(0, -2).sum(0).to(turn.dtype)
+            gram = gram - sums.reshape(num, size, 1) * bias.to(turn.dtype).reshape(num, 1, size)
+        eye = torch.eye(size, dtype=turn.dtype, device=turn.device)
+        return for_y, gram @ torch.linalg.inv_ex(eye + turn).inverse.mT, None
+
+
+def _gram_of_blocks(left: Tensor, right: Tensor, num: int, size: int) -> Tensor:
+    """(num, b, b): Σ over the rows of left[n, i] right[n, j]."""
+    join = _joined(num, size)
+    rows = [side.reshape(-1, num // join, join * size).transpose(0, 1) for side in (left, right)]
+    wide = torch.bmm(rows[0].mT, rows[1]).reshape(-1, join, size, join, size)
+    return wide.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(num, size, size)
