@@ -145,15 +145,17 @@ def adapter_step(contender: Contender, batch: Batch) -> Callable[[], None]:
     return step
 
 
-def seconds_of(step: Callable[[], None], device: str) -> float:
-    """How long one step takes."""
-    if device.startswith("cuda"):
+def seconds_of(step: Callable[[], None], arguments: argparse.Namespace) -> float:
+    """How long one step takes: on the wall, or of processor time."""
+    on_cuda = arguments.device.startswith("cuda")
+    clock = time.process_time if arguments.clock == "processor" else time.perf_counter
+    if on_cuda:
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     step()
-    if device.startswith("cuda"):
+    if on_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def faster_dtype(arguments: argparse.Namespace) -> str:
@@ -165,7 +167,7 @@ def faster_dtype(arguments: argparse.Namespace) -> str:
         batch = build_batch(model, dtype, arguments.device, side=arguments.side, size=arguments.batch)
         step = frozen_step(model, batch)
         step()
-        taken[name] = min(seconds_of(step, arguments.device) for _ in range(3))
+        taken[name] = min(seconds_of(step, arguments) for _ in range(3))
         del model, batch, step
         gc.collect()
     return min(taken, key=taken.__getitem__)
@@ -187,7 +189,7 @@ def measure(arguments: argparse.Namespace, dtype_name: str) -> list[Row]:
     taken: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     for number in range(arguments.repeats + 1):
         for key, step in steps.items():
-            seconds = seconds_of(step, arguments.device)
+            seconds = seconds_of(step, arguments)
             if number > 0:  # the first round warms up
                 taken[key].append(seconds)
     pick = min if arguments.statistic == "min" else statistics.median
@@ -271,6 +273,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the one that warms up")
     parser.add_argument("--statistic", choices=("median", "min"), default="median", help="min: for a busy machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: with one thread, for a busy machine"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--libraries", nargs="+", choices=LIBRARIES, default=LIBRARIES)
     parser.add_argument("--no-memory", action="store_true", help="leave the peak memory out")

@@ -210,11 +210,11 @@ def merged(parts: Parts, weighted: Sequence[tuple[Mapping[str, Adapter], Callabl
         yield
     finally:
         for module, weight, bias in originals.values():
-            module.weight.data = weight  # type: ignore[union-attr]  # a Host's weight is a Parameter
+            module.weight.data = weight
             if bias is None:
                 module.bias = None  # type: ignore[assignment]
             else:
-                module.bias.data = bias  # type: ignore[union-attr]
+                module.bias.data = bias
 
 
 def _by_site(

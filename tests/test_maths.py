@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reparam_diffusion.maths.kronecker import factorization, kron, largest_divisor
+from reparam_diffusion.maths.kronecker import factorization, kron, kron_linear, largest_divisor
 from reparam_diffusion.maths.lowrank import relative_error, truncated_svd
 from reparam_diffusion.maths.orthogonal import (
     cayley,
@@ -16,6 +16,7 @@ from reparam_diffusion.maths.orthogonal import (
     rotate_blocks,
     skew_from_triangle,
     triangle_from_skew,
+    turn_outputs,
 )
 
 
@@ -74,6 +75,26 @@ def test_kron_is_the_kronecker_product_also_of_kernels(shape: tuple[int, int, in
     torch.testing.assert_close(kron(left, right), torch.kron(left, right))
     kernel = torch.randn(k, n, 3, 2)
     torch.testing.assert_close(kron(left, kernel)[..., 1, 0], torch.kron(left, kernel[..., 1, 0].contiguous()))
+
+
+@given(shape=st.tuples(*[st.integers(1, 3)] * 4))
+def test_a_kronecker_product_of_rows_needs_no_large_matrix(shape: tuple[int, int, int, int]) -> None:
+    l, m, k, n = shape
+    small, large = torch.randn(l, m).double().requires_grad_(), torch.randn(k, n).double().requires_grad_()
+    x = torch.randn(4, m, n).double().requires_grad_()
+    found = kron_linear(x, small, large)
+    torch.testing.assert_close(found.reshape(4, -1), x.reshape(4, -1) @ torch.kron(small, large).T)
+    assert torch.autograd.gradcheck(kron_linear, (x, small, large))
+
+
+@given(num=st.integers(1, 6), size=st.integers(1, 4), with_bias=st.booleans())
+def test_turned_outputs_are_the_product_and_have_its_gradient(num: int, size: int, with_bias: bool) -> None:
+    y, turn = torch.randn(2, 3, num * size).double().requires_grad_(), torch.randn(num, size, size).double() / 5
+    bias = torch.randn(num * size).double() if with_bias else None
+    before = y if bias is None else y - bias
+    turn.requires_grad_()
+    torch.testing.assert_close(turn_outputs(y, turn, bias), y + before @ torch.block_diag(*turn).T)
+    assert torch.autograd.gradcheck(lambda y, turn: turn_outputs(y, turn, bias), (y, turn))
 
 
 @given(dimension=st.integers(1, 3000), factor=st.integers(-1, 80))

@@ -18,7 +18,7 @@ def kron(left: Tensor, right: Tensor) -> Tensor:
 
 def kron_linear(x: Tensor, small: Tensor, large: Tensor) -> Tensor:
     """(C ⊗ M) x without the large matrix: C X Mᵀ for each row X of x (rows, m, n); the result is (rows, l, k)."""
-    product: Tensor = _KronLinear.apply(x, small, large)  # type: ignore[no-untyped-call]
+    product: Tensor = _KronLinear.apply(x, small, large)
     return product
 
 

@@ -17,7 +17,7 @@ def cayley(skew: Tensor) -> Tensor:
 
 def cayley_turn(skew: Tensor) -> Tensor:
     """R − I = 2 Q (I − Q)⁻¹, in at least fp32. Small rotations keep their digits, which R minus I would lose."""
-    turn: Tensor = _CayleyTurn.apply(skew if skew.dtype == torch.float64 else skew.float())  # type: ignore[no-untyped-call]
+    turn: Tensor = _CayleyTurn.apply(skew if skew.dtype == torch.float64 else skew.float())
     return turn
 
 
@@ -88,7 +88,7 @@ def rotate_blocks(blocks: Tensor, x: Tensor) -> Tensor:
 
 def turn_outputs(y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:
     """y + T (y − bias), blockwise on the last axis, for T = s (R − I)."""
-    turned: Tensor = _TurnOutputs.apply(y, turn, bias)  # type: ignore[no-untyped-call]
+    turned: Tensor = _TurnOutputs.apply(y, turn, bias)
     return turned
 
 
@@ -96,7 +96,7 @@ class _TurnOutputs(torch.autograd.Function):
     """Keeps the result, which the next layer keeps anyway, in place of y: y − bias = (I + T)⁻¹ (result − bias)."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, y: Tensor, turn: Tensor, bias: Tensor | None) -> Tensor:  # Any: FunctionCtx refuses None
         turned = rotate_blocks(turn.to(y.dtype), y).add_(y)
         if bias is not None:
             turned -= rotate_blocks(turn, bias.to(turn.dtype)).to(y.dtype)
