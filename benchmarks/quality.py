@@ -1,4 +1,6 @@
-"""Does an adapter draw its subject, and does the prompt still count?  `python -m benchmarks.quality ADAPTER --example teddy`
+"""Does an adapter draw its subject, and does the prompt still count?
+
+`python -m benchmarks.quality ADAPTER --example teddy`
 
 Measured as in the starter model's card: 4 prompts with backgrounds that no training picture has x 8 seeds.
 - background right: the median colour of the 5-pixel frame is nearest, of the 14 named colours, to the one asked;

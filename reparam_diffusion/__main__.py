@@ -103,7 +103,9 @@ def generate(
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a file or a hub id.')] = "starter",
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up.")] = 0,
-    steps: Annotated[int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")
+    ] = None,
     guidance: Annotated[float | None, typer.Option(min=0, max=100, help="How strictly the prompt is obeyed.")] = None,
     count: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures.")] = 1,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
@@ -136,7 +138,7 @@ def generate(
             count=count,
             width=width,
             height=height,
-            on_step=lambda done, total: advance(done, total),
+            on_step=advance,
         )
     facts = {
         "steps": steps or base.habits.steps,
@@ -208,7 +210,7 @@ def _run_folder(run: str, workspace: Path) -> Path:
         return Path(run)
     known = list_runs(workspace)
     for folder in known:
-        if folder.name == run or run == "last":
+        if run in (folder.name, "last"):
             return folder
     names = ", ".join(folder.name for folder in known[:5]) or "none yet"
     raise UserError(f'There is no run called "{run}" in {workspace}.', f"The newest are: {names}.")
@@ -242,8 +244,12 @@ def _say_plan(config: Any) -> None:
     from reparam_diffusion.training.learner import plan_run
 
     sites = plan_run(load_model(config.model.path, device="cpu"), config)
-    typer.echo(f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {file_bytes(sites) / 1e6:.1f} MB.")
-    for note in sorted({f"{site.site}: {getattr(site.plan, 'note', '')}" for site in sites if getattr(site.plan, "note", "")}):
+    typer.echo(
+        f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {file_bytes(sites) / 1e6:.1f} MB."
+    )
+    for note in sorted(
+        {f"{site.site}: {getattr(site.plan, 'note', '')}" for site in sites if getattr(site.plan, "note", "")}
+    ):
         typer.echo(f"  {note}")
 
 

@@ -35,7 +35,7 @@ class Applied:
         return list(self._injection.adapters)
 
     def set_strength(self, strength: float, te_strength: float | None = None, *, match: str = "*") -> None:
-        """Change the strength now; `te_strength` None means the same for the text encoders. `match` limits the sites."""
+        """Change the strength now; `te_strength` None is the same for the text encoders. `match` limits the sites."""
         if match != "*":
             self._injection.set_strength(strength, match=match)
             return

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from reparam_diffusion.adapters import METHODS, Spec
 from reparam_diffusion.errors import UserError
 
-SCHEMA = 1
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
 if TYPE_CHECKING:
@@ -165,12 +164,12 @@ class OutputSettings(Settings):
 class TrainConfig(Settings):
     """Everything a run needs. A run's config.toml is this, complete; it is itself a preset."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     title: str = ""
     """A preset's title."""
     about: str = ""
     """A preset's sentence."""
-    adapter: AnySpec = METHODS["lora"].spec()
+    adapter: AnySpec = METHODS["lora"].spec()  # type: ignore[call-arg]  # each Spec fills in its own method
     """The method and its settings."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

@@ -13,7 +13,9 @@ from reparam_diffusion.training.objective import Objective
 
 
 def model(prediction: str, **more: object) -> SimpleNamespace:
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, **more)
+    scheduler = DDPMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type=prediction, **more
+    )
     return SimpleNamespace(scheduler=scheduler, prediction_type=prediction)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import app
 from reparam_diffusion.adapters import METHODS
-from reparam_diffusion.config import TrainingSettings, settle
+from reparam_diffusion.config import TrainingSettings, find_preset, settle
 from reparam_diffusion.data.images import Refused
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Sampled, Validated
@@ -19,7 +19,7 @@ from ui import fragments, plot, run_view, train_tab
 from ui.door import guarded, page_log
 from ui.form import Form, nested
 
-VALUES = {"data.trigger": "sks", "data.class_word": "toy", "data.kind": "subject", "method": "lora"}
+VALUES = {"data.trigger": "sks", "data.class_word": "toy", "data.kind": "subject", "method": "lora", "preset": "quick"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -36,11 +36,23 @@ def test_every_setting_of_a_method_has_a_control_with_its_default_and_help(name:
 
 
 def test_untouched_controls_settle_to_the_presets_own_config() -> None:
-    for name in METHODS:
-        shown = train_tab.defaults("subject", name)
-        own = f"adapter.{name}."
-        values = {f"adapter.{k.removeprefix(own)}" if k.startswith(own) else k: v for k, v in shown.items()}
-        assert settle(*train_tab.layers_for("subject", name), nested(values)) == train_tab.settled("subject", name)
+    for _, preset in train_tab.presets_to_choose():
+        for name in METHODS:
+            shown = train_tab.defaults(preset, "subject", name)
+            own = f"adapter.{name}."
+            values = {f"adapter.{k.removeprefix(own)}" if k.startswith(own) else k: v for k, v in shown.items()}
+            config = settle(*train_tab.layers_for(preset, "subject", name), nested(values))
+            assert config == train_tab.settled(preset, "subject", name)
+
+
+def test_presets_of_one_base_model_are_one_choice() -> None:
+    choices = dict(train_tab.presets_to_choose())
+    assert next(iter(choices.values())) == train_tab.FIRST_PRESET
+    assert choices["Quick"] == "quick"
+    assert not [name for name in choices.values() if name.endswith(("-subject", "style"))]
+    assert choices["Stable Diffusion 1.5"] == "sd15"
+    assert train_tab.settled("sd15", "subject", "oft").adapter.method == "oft"
+    assert train_tab.settled("sd15", "subject", "lora").training.steps == find_preset("sd15-lora")["training"]["steps"]
 
 
 def test_a_new_default_reaches_only_controls_that_nobody_touched() -> None:

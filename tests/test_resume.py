@@ -25,7 +25,9 @@ def run_and_kill(folder: Path, config: Path, *, at: int) -> int:
     script = Path(__file__).with_name("slow_train_process.py")
     arguments = [str(folder), str(config), str(at)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-W", "ignore", str(script), *arguments], env=environment, check=False).returncode
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(script), *arguments], env=environment, check=False
+    ).returncode
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -67,7 +67,7 @@ def test_every_method_trains_and_its_file_draws_the_trained_picture(
     assert isinstance(events[-1], Finished)
     assert [event.step for event in of(Step, events)] == [1, 2, 3, 4, 5, 6]
     started = of(Started, events)[0]
-    assert 0 < started.sites and started.parameters > 0
+    assert started.sites > 0 and started.parameters > 0
     first, last = (tmp_path / event.path for event in (of(Sampled, events)[0], of(Sampled, events)[-1]))
     assert first.read_bytes() != last.read_bytes()
     model = load_model(models["sd1"], dtype=torch.float32)

@@ -14,8 +14,13 @@ TOKENIZER = ROOT / "assets" / "starter-model" / "tokenizer"
 
 def save_tiny(folder: Path, family: str, *, prediction: str = "epsilon", zero_snr: bool = False) -> Path:
     """A model of a family ("sd1" or "sdxl") in diffusers layout."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers import UNet2DConditionModel
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+        UNet2DConditionModel,
+    )
     from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
@@ -40,13 +45,21 @@ def save_tiny(folder: Path, family: str, *, prediction: str = "epsilon", zero_sn
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
         prediction_type=prediction, rescale_betas_zero_snr=zero_snr,
     )  # fmt: skip
-    parts = {"unet": unet, "vae": vae, "scheduler": scheduler, "text_encoder": CLIPTextModel(text), "tokenizer": tokenizer}
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        "scheduler": scheduler,
+        "text_encoder": CLIPTextModel(text),
+        "tokenizer": tokenizer,
+    }
     if is_xl:
         pipe = StableDiffusionXLPipeline(
             **parts, text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=tokenizer, add_watermarker=False
         )
     else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe = StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     pipe.save_pretrained(folder)
     return folder
 

@@ -17,9 +17,7 @@ def make_grid(rows: Sequence[tuple[str, Sequence[Image.Image]]], columns: Sequen
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = _GAP * 2 + max(round(ruler.textlength(name, font=font)) for name, _ in rows)
     top = _TEXT + _GAP * 3
-    sheet = Image.new(
-        "RGB", (left + len(columns) * (width + _GAP), top + len(rows) * (height + _GAP)), (255, 255, 255)
-    )
+    sheet = Image.new("RGB", (left + len(columns) * (width + _GAP), top + len(rows) * (height + _GAP)), (255, 255, 255))
     pen = ImageDraw.Draw(sheet)
     for number, name in enumerate(columns):
         pen.text((left + number * (width + _GAP) + width / 2, top / 2), name, (40, 40, 40), font=font, anchor="mm")

@@ -47,7 +47,8 @@ def save_pictures(
 def parameters_text(prompt: str, *, seed: int, size: tuple[int, int], facts: Mapping[str, Any]) -> str:
     """A1111's "parameters" text: prompt with <lora:…> tags, negative prompt, then a line of settings."""
     tags = "".join(
-        f" <lora:{name}:{strength:g}{'' if te is None else f':{te:g}'}>" for name, strength, te in facts.get("adapters", ())
+        f" <lora:{name}:{strength:g}{'' if te is None else f':{te:g}'}>"
+        for name, strength, te in facts.get("adapters", ())
     )
     lines = [f"{prompt}{tags}"]
     if facts.get("negative"):

@@ -1,4 +1,4 @@
-"""What an adapter file holds, told to a person: method, base model, ranks, layers, trigger, and what matches nothing."""
+"""What an adapter file holds, told to a person: method, base, ranks, layers, trigger, and what matches nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from reparam_diffusion.formats.read import read_adapter
 Report = dict[str, Any]
 """Plain values for JSON."""
 
-_BASES = {"sd1": "Stable Diffusion 1.x", "sd2": "Stable Diffusion 2.x", "sdxl": "Stable Diffusion XL", "unknown": "not said"}
+_BASES = {
+    "sd1": "Stable Diffusion 1.x",
+    "sd2": "Stable Diffusion 2.x",
+    "sdxl": "Stable Diffusion XL",
+    "unknown": "not said",
+}
 _MOST_SHOWN = 8
 
 

@@ -1,1 +1,1 @@
-"""Base models: loading, prompts to embeddings, pictures. diffusers and transformers are imported inside functions only."""
+"""Base models: loading, prompts to embeddings, pictures. diffusers and transformers load inside functions."""

@@ -65,9 +65,7 @@ def last_layers(model: Model, *, clip_skip: int) -> dict[str, int]:
     return {"te1": layers[0] - 2 - clip_skip, "te2": layers[1] - 1}  # te2's pooled output uses every layer
 
 
-def time_ids(
-    model: Model, *, original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]
-) -> Tensor:
+def time_ids(model: Model, *, original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """SDXL's size conditioning (6,): original height and width, crop top and left, target height and width; pixels."""
     return torch.tensor([*original, *corner, *target], dtype=model.dtype, device=model.device)
 

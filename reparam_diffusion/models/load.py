@@ -73,7 +73,9 @@ class Model:
         return str(self.scheduler.config.prediction_type)
 
 
-def load_model(path_or_id: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None) -> Model:
+def load_model(
+    path_or_id: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+) -> Model:
     """A base model, ready to draw and to carry adapters; its weights are frozen.
 
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
@@ -86,7 +88,9 @@ def load_model(path_or_id: str | Path, *, device: str | torch.device = "auto", d
     source = STARTER if str(path_or_id) == "starter" else Path(path_or_id).expanduser()
     with quiet():
         pipe = _pipeline(source, str(path_or_id), dtype)
-    encoders = [pipe.text_encoder] + ([pipe.text_encoder_2] if getattr(pipe, "text_encoder_2", None) is not None else [])
+    encoders = [pipe.text_encoder] + (
+        [pipe.text_encoder_2] if getattr(pipe, "text_encoder_2", None) is not None else []
+    )
     tokenizers = [pipe.tokenizer] + ([pipe.tokenizer_2] if getattr(pipe, "tokenizer_2", None) is not None else [])
     if pipe.vae.dtype != torch.float32:  # half a VAE overflows, and it runs once a picture
         pipe.vae.to(torch.float32)
@@ -145,7 +149,11 @@ def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
         return DiffusionPipeline.from_pretrained(str(source) if source.exists() else asked, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        do = "Check the path." if source.exists() else "Check the id and the connection, or download it and give its folder."
+        do = (
+            "Check the path."
+            if source.exists()
+            else "Check the id and the connection, or download it and give its folder."
+        )
         raise UserError(f'The model "{asked}" could not be loaded.', reason, do) from error
 
 

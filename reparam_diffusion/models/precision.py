@@ -1,4 +1,4 @@
-"""Which number format is the faster one here: measured, not read off flags (a CPU's bf16 may be 5 times faster or 2 slower)."""
+"""Which number format is the faster one here: measured, since a CPU's bf16 may be 5 times faster or 2 slower."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """"auto" is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
+    """ "auto" is CUDA, then Apple's MPS, then the CPU. Raises UserError for a device that is not there."""
     from reparam_diffusion.errors import UserError
 
     if device == "auto":
@@ -32,7 +32,9 @@ def pick_device(device: str) -> torch.device:
         raise UserError(f'There is no device called "{device}".', do="Use auto, cpu, cuda or cuda:1.") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"The device {device} is not there.", f"torch sees {torch.cuda.device_count()} CUDA devices.", "Use auto or cpu."
+            f"The device {device} is not there.",
+            f"torch sees {torch.cuda.device_count()} CUDA devices.",
+            "Use auto or cpu.",
         )
     return chosen
 

@@ -15,9 +15,9 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import Draw, generator
 from reparam_diffusion.models.encode import Encoded, encode, time_ids
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.training.objective import Noised, Objective
-from reparam_diffusion.training.prepare import Material, at_size, text_encoder, vae_encoder
-from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.objective import Noised
+from reparam_diffusion.training.prepare import at_size, text_encoder, vae_encoder
+from reparam_diffusion.training.setup import Setup
 
 _CLASS_INDEX = 1_000_000
 """Class pictures are drawn under the index of the picture they accompany plus this."""
@@ -34,11 +34,10 @@ class Sample:
     weight: float
 
 
-def samples_at(
-    material: Material, config: TrainConfig, processes: Processes, step: int, micro: int
-) -> list[Sample]:
+def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
     """The samples of one forward pass; class pictures follow the others when the prior is kept."""
-    training, data = config.training, config.data
+    material, processes = setup.material, setup.processes
+    training, data = setup.config.training, setup.config.data
     drawn = material.dataset.batch_at(
         step,
         micro,
@@ -62,19 +61,16 @@ def samples_at(
             chance = generator(training.seed, step, one.index, "class")
             number = int(torch.randint(len(material.class_items), (1,), generator=chance))
             item = at_size(material.class_items[number], size)
-            samples.append(Sample(item, one.index + _CLASS_INDEX, False, item.caption, config.prior.weight))
+            samples.append(Sample(item, one.index + _CLASS_INDEX, False, item.caption, setup.config.prior.weight))
     return samples
 
 
-def loss_of(
-    model: Model, objective: Objective, material: Material, samples: Sequence[Sample], config: TrainConfig, step: int
-) -> Tensor:
+def loss_of(setup: Setup, samples: Sequence[Sample], step: int) -> Tensor:
     """Mean over the pictures plus the prior's weight times the mean over the class pictures, in fp32."""
-    seed = config.training.seed
-    batch = noised(model, objective, material, samples, seed, step)
-    text = texts_of(model, material, [sample.caption for sample in samples], config)
-    ids = size_ids(model, samples)
-    losses = objective.losses(model.unet, batch, text, ids, model.dtype)
+    model = setup.model
+    batch = noised(setup, samples, step)
+    text = texts_of(setup, [sample.caption for sample in samples])
+    losses = setup.objective.losses(model.unet, batch, text, size_ids(model, samples), model.dtype)
     weights = torch.tensor([sample.weight for sample in samples], device=losses.device)
     pictures = sum(1 for sample in samples if sample.index < _CLASS_INDEX)
     return (losses * weights).sum() / pictures
@@ -85,13 +81,12 @@ def draw_of(samples: Sequence[Sample], config: TrainConfig, step: int) -> Draw:
     return Draw(config.training.seed, step, [sample.index for sample in samples])
 
 
-def noised(
-    model: Model, objective: Objective, material: Material, samples: Sequence[Sample], seed: int, step: int
-) -> Noised:
+def noised(setup: Setup, samples: Sequence[Sample], step: int) -> Noised:
     """Latents drawn from the posterior, noise and timesteps, on the model's device, fp32."""
+    model, objective, seed = setup.model, setup.objective, setup.config.training.seed
     latents, noise, steps = [], [], []
     for sample in samples:
-        mean, std = material.latents.get(sample.item, sample.flip, vae_encoder(model))
+        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model))
         eps = torch.randn(mean.shape, generator=generator(seed, step, sample.index, "latent"))
         latents.append(scaled(model, mean + std * eps))
         noise.append(objective.draw_noise(mean.shape, seed, step, sample.index))
@@ -109,12 +104,13 @@ def scaled(model: Model, latents: Tensor) -> Tensor:
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
-def texts_of(model: Model, material: Material, captions: Sequence[str], config: TrainConfig) -> Encoded:
+def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
     """Embeddings from the cache, or encoded anew where the text encoders carry adapters."""
+    model, config = setup.model, setup.config
     skip = config.model.clip_skip
     if trains_text(config) or config.data.shuffle_tags:
         return encode(model, captions, clip_skip=skip)
-    found = [material.texts.get(caption, text_encoder(model, skip)) for caption in captions]
+    found = [setup.material.texts.get(caption, text_encoder(model, skip)) for caption in captions]
     hidden = torch.cat([rows["hidden"] for rows in found]).to(model.device)
     pooled = torch.cat([rows["pooled"] for rows in found]).to(model.device) if "pooled" in found[0] else None
     return Encoded(hidden, pooled)
@@ -135,7 +131,5 @@ def size_ids(model: Model, samples: Sequence[Sample]) -> Tensor | None:
         left, top, right, _ = crop_box(picture.width, picture.height, sample.item.size)
         scale = width / (right - left)
         corner = (round(top * scale), round(left * scale))
-        rows.append(
-            time_ids(model, original=(picture.height, picture.width), corner=corner, target=(height, width))
-        )
+        rows.append(time_ids(model, original=(picture.height, picture.width), corner=corner, target=(height, width)))
     return torch.stack(rows)

@@ -10,52 +10,44 @@ from typing import Any
 import torch
 
 from reparam_diffusion import __version__
-from reparam_diffusion.config import TrainConfig, adapter_name, to_toml
+from reparam_diffusion.config import adapter_name, to_toml
 from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.write import write_adapter
-from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import Learner
-from reparam_diffusion.training.prepare import Material
+from reparam_diffusion.training.setup import Setup
 
 ADAPTER = "adapter.safetensors"
 
 
 def write_finished(
-    folder: Path,
-    model: Model,
-    config: TrainConfig,
-    learner: Learner,
-    material: Material,
-    step: int,
-    begun: float | None,
-    *,
-    name: str = ADAPTER,
+    setup: Setup, learner: Learner, step: int, *, name: str = ADAPTER, folder: Path | None = None
 ) -> str:
-    """Write the adapter (its moving average where one is kept) into `folder`; returns the file's name."""
-    facts = training_facts(model, config, learner, material, step, begun)
+    """Write the adapter (its moving average where one is kept) into the run or `folder`; returns the file's name."""
+    facts = training_facts(setup, learner, step)
     with learner.averaged():
         write_adapter(
-            folder / name,
+            (folder or setup.folder) / name,
             learner.adapters,
-            parts=model.parts,
-            family=model.family,
-            precision=config.output.file_precision,
+            parts=setup.model.parts,
+            family=setup.model.family,
+            precision=setup.config.output.file_precision,
             metadata=build_header(facts),
         )
     return name
 
 
-def training_facts(
-    model: Model, config: TrainConfig, learner: Learner, material: Material, step: int, begun: float | None
-) -> TrainingFacts:
+def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
     """What the header tells of the run."""
+    model, config, material = setup.model, setup.config, setup.material
     training, data, spec = config.training, config.data, config.adapter
     numbers: dict[str, Any] = spec.model_dump()
     rank = numbers.get("rank") or numbers.get("init_rank") or numbers.get("block_size") or 0
     dataset = material.dataset
-    words: Counter[str] = Counter(tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip())
+    words: Counter[str] = Counter(
+        tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip()
+    )
     return TrainingFacts(
         name=adapter_name(config),
         method=spec.method,
@@ -104,8 +96,8 @@ def training_facts(
         repeats=data.repeats,
         tags=dict(words),
         buckets=dict(Counter(item.size for item in dataset.train)),
-        started_at=begun or 0.0,
-        finished_at=time.time() if begun else 0.0,
+        started_at=setup.begun,
+        finished_at=time.time(),
         software_version=__version__,
         config_toml=to_toml(config),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
     Event,
     Finished,
@@ -29,13 +31,14 @@ from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.precision import DTYPES, name_of, pick_device, pick_precision
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
-from reparam_diffusion.training.facts import write_finished
+from reparam_diffusion.training.facts import ADAPTER, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_previews
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates
-from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
+from reparam_diffusion.training.prepare import prepare, preview_prompts
 from reparam_diffusion.training.processes import Processes, join_processes
+from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint
 
 Asked = Callable[[], str | bool]
@@ -63,7 +66,8 @@ def train(
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
     sites = plan_run(model, config)
-    material: Material = yield from prepare(model, config, folder, trains_text=trains_text(config))
+    material = yield from prepare(model, config, folder, trains_text=trains_text(config))
+    setup = Setup(model, config, objective, material, processes, folder, begun)
     learner = Learner(model, config, sites, processes)
     first = 1
     if saved is not None:
@@ -83,8 +87,7 @@ def train(
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
     )
-    prompts = preview_prompts(model, config, [item.caption for item in material.dataset.train])
-    look = _Look(model, config, objective, material, learner, prompts, folder)
+    look = _Look(setup, learner)
     if saved is None:
         yield from look.at(0)
     with learner.injection:
@@ -92,37 +95,36 @@ def train(
             asked = stop()
             if asked:
                 yield from look.keep(step - 1)
-                if asked == "pause":
-                    yield Paused(step - 1)
-                    return
-                path = write_finished(folder, model, config, learner, material, step - 1, begun)
-                yield Stopped(step - 1, path)
+                yield Paused(step - 1) if asked == "pause" else Stopped(step - 1, look.finish(step - 1))
                 return
             clock = time.perf_counter()
-            loss = _forward_and_backward(model, objective, material, learner, processes, step)
+            loss = _forward_and_backward(setup, learner, step)
             if step == first:
                 learner.check_gradients()
             rates = learning_rates(learner.optimizer)
             norm = learner.update(step)
             yield Step(step, loss, rates, time.perf_counter() - clock, norm)
             yield from look.at(step)
-        path = write_finished(folder, model, config, learner, material, training.steps, begun)
+        path = look.finish(training.steps)
         yield Saved(training.steps, path, "adapter")
     yield Finished(training.steps, path, time.time() - begun)
 
 
-def _forward_and_backward(
-    model: Model, objective: Objective, material: Material, learner: Learner, processes: Processes, step: int
-) -> float:
+def _forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     """Gradients of one optimizer step over its forward passes; returns the mean loss."""
-    config = learner.config
-    passes = config.training.accumulation
+    passes = setup.config.training.accumulation
     total = 0.0
     for micro in range(passes):
-        samples = samples_at(material, config, processes, step, micro)
-        learner.injection.set_draw(draw_of(samples, config, step))
-        loss = loss_of(model, objective, material, samples, config, step)
+        samples = samples_at(setup, step, micro)
+        learner.injection.set_draw(draw_of(samples, setup.config, step))
+        loss = loss_of(setup, samples, step)
         total += float(loss.detach()) / passes
+        if not math.isfinite(total):
+            raise UserError(
+                f"The loss became {total} at step {step}.",
+                "The learning rate is too high for these settings, or the model's number format too small.",
+                "Resume with a lower learning rate, or start again with model.precision = fp32.",
+            )
         penalty = learner.penalty() if micro == 0 else None
         whole = loss / passes if penalty is None else loss / passes + penalty
         learner.scaler.scale(whole).backward()
@@ -133,18 +135,11 @@ def _forward_and_backward(
 class _Look:
     """What is looked at and kept on the way: fixed-noise loss, previews, ranks, checkpoints."""
 
-    def __init__(
-        self,
-        model: Model,
-        config: TrainConfig,
-        objective: Objective,
-        material: Material,
-        learner: Learner,
-        prompts: list[str],
-        folder: Path,
-    ) -> None:
-        self.model, self.config, self.objective = model, config, objective
-        self.material, self.learner, self.prompts, self.folder = material, learner, prompts, folder
+    def __init__(self, setup: Setup, learner: Learner) -> None:
+        config = setup.config
+        self.setup, self.config, self.learner = setup, config, learner
+        captions = [item.caption for item in setup.material.dataset.train]
+        self.prompts = preview_prompts(setup.model, config, captions)
         steps, output = config.training.steps, config.output
         self.checkpoint_every = output.checkpoint_every or max(steps // 5, 1)
         self.validate_every = output.validate_every or max(steps // 10, 1)
@@ -160,7 +155,7 @@ class _Look:
             yield from self._validate(step)
         if self.prompts and (step % self.sample_every == 0 or step == last):
             with self.learner.averaged():
-                for prompt, seed, path in save_previews(self.model, self.config, self.prompts, self.folder, step):
+                for prompt, seed, path in save_previews(self.setup, self.prompts, step):
                     yield Sampled(step, prompt, seed, path)
         if step and (step % self.checkpoint_every == 0 or step == last):
             yield from self.keep(step)
@@ -172,28 +167,33 @@ class _Look:
         state: State = {
             "schema": 1,
             "step": step,
-            "precision": name_of(self.model.dtype),
+            "precision": name_of(self.setup.model.dtype),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             **self.learner.state(),
         }
 
         def also(place: Path) -> None:
-            write_finished(place, self.model, self.config, self.learner, self.material, step, None)
+            write_finished(self.setup, self.learner, step, folder=place)
 
-        place = save_checkpoint(self.folder, step, state, keep=self.config.output.keep_checkpoints, also=also)
-        yield Saved(step, str(place.relative_to(self.folder)), "checkpoint")
+        folder, count = self.setup.folder, self.config.output.keep_checkpoints
+        place = save_checkpoint(folder, step, state, keep=count, also=also)
+        yield Saved(step, str(place.relative_to(folder)), "checkpoint")
+
+    def finish(self, step: int) -> str:
+        """The finished file, written by the main process; its name."""
+        if not self.learner.processes.is_main:
+            return ADAPTER
+        return write_finished(self.setup, self.learner, step)
 
     def _validate(self, step: int) -> Iterator[Event]:
         with self.learner.averaged():
-            loss = fixed_noise_loss(self.model, self.objective, self.material, self.config)
-        held_out = bool(self.material.dataset.held_out)
+            loss = fixed_noise_loss(self.setup)
+        held_out = bool(self.setup.material.dataset.held_out)
         best = held_out and step > 0 and self._may_be_best(step) and loss < (self.learner.best or float("inf"))
         if best:
             self.learner.best = loss
-            write_finished(
-                self.folder, self.model, self.config, self.learner, self.material, step, None, name="best.safetensors"
-            )
+            write_finished(self.setup, self.learner, step, name="best.safetensors")
         yield Validated(step, loss, held_out, best)
         ranks = self.learner.ranks()
         if ranks != self.ranks:
@@ -233,8 +233,8 @@ def _ready(model: Model, config: TrainConfig) -> None:
 def _differences(saved: State, model: Model) -> Iterator[Event]:
     """What keeps a resumed run from being bit for bit the same."""
     if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
-        yield Warned(f"The run used {saved['threads']} threads, now {torch.get_num_threads()}: sums may round differently.")
+        yield Warned(
+            f"The run used {saved['threads']} threads, now {torch.get_num_threads()}: sums may round differently."
+        )
     if saved["torch"] != str(torch.__version__):
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
-
-

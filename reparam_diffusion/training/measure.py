@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import generator
-from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import draw
 from reparam_diffusion.training.batch import Sample, scaled, size_ids, texts_of
-from reparam_diffusion.training.objective import Noised, Objective
-from reparam_diffusion.training.prepare import Material, vae_encoder
+from reparam_diffusion.training.objective import Noised
+from reparam_diffusion.training.prepare import vae_encoder
+from reparam_diffusion.training.setup import Setup
 
 TIMES = (0.1, 0.35, 0.6, 0.85)
 """Shares of the schedule at which the fixed-noise loss is taken."""
@@ -22,21 +20,22 @@ _MOST = 8
 
 
 @torch.no_grad()
-def fixed_noise_loss(model: Model, objective: Objective, material: Material, config: TrainConfig) -> float:
-    """Mean loss over at most 8 pictures at four timesteps with noise that never changes; held-out ones where there are."""
+def fixed_noise_loss(setup: Setup) -> float:
+    """Mean loss over at most 8 pictures, held-out ones where there are, at four timesteps with noise that never changes."""
+    material = setup.material
     items = material.dataset.held_out or material.dataset.train
     total = 0.0
     for number, item in enumerate(items[:_MOST]):
-        total += _item_loss(model, objective, material, config, item, number)
+        total += _item_loss(setup, item, number)
     return total / min(len(items), _MOST)
 
 
-def _item_loss(
-    model: Model, objective: Objective, material: Material, config: TrainConfig, item: Item, number: int
-) -> float:
+def _item_loss(setup: Setup, item: Item, number: int) -> float:
+    model, objective, material = setup.model, setup.objective, setup.material
     mean, _ = material.latents.get(item, False, vae_encoder(model))
     noise = [
-        torch.randn(mean.shape, generator=generator(config.training.seed, "validate", number, n)) for n in range(len(TIMES))
+        torch.randn(mean.shape, generator=generator(setup.config.training.seed, "validate", number, n))
+        for n in range(len(TIMES))
     ]
     count = objective.scheduler.config.num_train_timesteps
     batch = Noised(
@@ -45,16 +44,15 @@ def _item_loss(
         torch.tensor([round(share * count) for share in TIMES], device=model.device),
     )
     samples = [Sample(item, 0, False, item.caption, 1.0)] * len(TIMES)
-    text = texts_of(model, material, [item.caption] * len(TIMES), config)
+    text = texts_of(setup, [item.caption] * len(TIMES))
     return float(objective.losses(model.unet, batch, text, size_ids(model, samples), model.dtype).mean())
 
 
-def save_previews(
-    model: Model, config: TrainConfig, prompts: Sequence[str], folder: Path, step: int
-) -> list[tuple[str, int, str]]:
+def save_previews(setup: Setup, prompts: Sequence[str], step: int) -> list[tuple[str, int, str]]:
     """Draw every prompt from its fixed seed into samples/; returns (prompt, seed, path relative to the run)."""
     from PIL.PngImagePlugin import PngInfo
 
+    model, config, folder = setup.model, setup.config, setup.folder
     (folder / "samples").mkdir(exist_ok=True)
     drawn = []
     for number, prompt in enumerate(prompts):
@@ -62,7 +60,9 @@ def save_previews(
         image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
         name = f"samples/{step:06d}-{number}.png"
         note = PngInfo()
-        note.add_text("parameters", f"{prompt}\nSteps: {model.habits.steps}, CFG scale: {model.habits.guidance}, Seed: {seed}")
+        note.add_text(
+            "parameters", f"{prompt}\nSteps: {model.habits.steps}, CFG scale: {model.habits.guidance}, Seed: {seed}"
+        )
         image.save(folder / f"{name}.part", "PNG", pnginfo=note)
         (folder / f"{name}.part").replace(folder / name)
         drawn.append((prompt, seed, name))

@@ -41,7 +41,9 @@ class Objective:
         self.noise_offset = noise_offset
         if self.prediction not in PREDICTIONS:
             raise UserError(
-                f"The model predicts {self.prediction}.", "Training knows epsilon and v_prediction.", "Use another model."
+                f"The model predicts {self.prediction}.",
+                "Training knows epsilon and v_prediction.",
+                "Use another model.",
             )
         if self.prediction == "epsilon" and float(self.scheduler.alphas_cumprod[-1]) <= 0:
             raise UserError(

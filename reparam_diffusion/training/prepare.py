@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ class Material:
     class_items: tuple[Item, ...] = ()
 
 
-def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: bool) -> Iterator[Event]:
+def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: bool) -> Generator[Event, None, Material]:
     """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`)."""
     data = config.data
     if not data.images:
@@ -83,7 +83,8 @@ def captions_of(model: Model, config: TrainConfig, pictures: Sequence[Picture]) 
     data, habits = config.data, model.habits
     template = data.caption_template or (habits.caption if data.kind == "subject" else habits.style_caption)
     return [
-        caption_for(picture, template=template, trigger=data.trigger, class_word=data.class_word) for picture in pictures
+        caption_for(picture, template=template, trigger=data.trigger, class_word=data.class_word)
+        for picture in pictures
     ]
 
 
@@ -134,7 +135,7 @@ def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
         )
 
 
-def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Iterator[Event]:
+def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generator[Event, None, tuple[Item, ...]]:
     """Pictures of the class from the untouched base model, drawn once for these settings."""
     prior = config.prior
     template = prior.prompt or model.habits.class_prompt
@@ -149,7 +150,9 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Iterator
     place.mkdir(parents=True, exist_ok=True)
     at_once = 8
     for start in range(0, prior.images, at_once):
-        numbers = [n for n in range(start, min(start + at_once, prior.images)) if not (place / f"{n:04d}.png").is_file()]
+        numbers = [
+            n for n in range(start, min(start + at_once, prior.images)) if not (place / f"{n:04d}.png").is_file()
+        ]
         yield Prepared("class pictures", start, prior.images)
         for prompt in dict.fromkeys(prompts[n % len(prompts)] for n in numbers):
             seeds = [n for n in numbers if prompts[n % len(prompts)] == prompt]

@@ -23,7 +23,7 @@ class Processes:
         return self.rank == 0
 
     def mean_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """One flat all-reduce; a no-op with one process. Adapters are no parameters of the UNet, so DDP has no place."""
+        """One flat all-reduce, none with one process. Adapters are no parameters of the UNet: DDP has no place."""
         if self.ranks == 1:
             return
         from accelerate.utils import reduce

@@ -51,7 +51,9 @@ def disk_error(error: OSError, folder: Path) -> UserError:
     """A failed write in a person's words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            "The disk is full.", f"Nothing more fits into {folder}.", "Free some space and resume; the last checkpoint is whole."
+            "The disk is full.",
+            f"Nothing more fits into {folder}.",
+            "Free some space and resume; the last checkpoint is whole.",
         )
     return UserError(f"{folder} cannot be written.", str(error), "Check the folder's permissions.")
 
@@ -72,5 +74,7 @@ def load_checkpoint(folder: Path) -> State:
             continue  # a torn file: the one before it is whole
         return state
     raise UserError(
-        "This run has no checkpoint to resume from.", f"{folder / 'checkpoints'} holds none.", "Start it again from the beginning."
+        "This run has no checkpoint to resume from.",
+        f"{folder / 'checkpoints'} holds none.",
+        "Start it again from the beginning.",
     )
