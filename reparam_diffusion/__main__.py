@@ -244,12 +244,10 @@ def _say_plan(config: Any) -> None:
     from reparam_diffusion.training.learner import plan_run
 
     sites = plan_run(load_model(config.model.path, device="cpu"), config)
-    typer.echo(
-        f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {file_bytes(sites) / 1e6:.1f} MB."
-    )
-    for note in sorted(
-        {f"{site.site}: {getattr(site.plan, 'note', '')}" for site in sites if getattr(site.plan, "note", "")}
-    ):
+    size = file_bytes(sites) / 1e6
+    typer.echo(f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {size:.1f} MB.")
+    notes = {f"{site.site}: {note}" for site in sites if (note := getattr(site.plan, "note", ""))}
+    for note in sorted(notes):
         typer.echo(f"  {note}")
 
 

@@ -18,6 +18,7 @@ from ui import fragments
 from ui.door import guarded
 from ui.form import Form, nested
 
+FIRST_PRESET = "starter"
 KINDS = [("One subject", "subject"), ("A style", "style")]
 COMMON = {
     "training": ("steps", "batch", "learning_rate", "seed"),
@@ -58,7 +59,7 @@ def build_train_tab(workspace: Path) -> TrainTab:
             form.keep("method", gr.Radio(choices, value="lora", label="Method", elem_id="method"))
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
     groups = _draw_advanced(form)
-    shown = gr.State(defaults("subject", "lora"))
+    shown = gr.State(defaults(FIRST_PRESET, "subject", "lora"))
     tab = TrainTab(form, files, gr.State(None), strip, examples, start, groups, shown)
     _connect_pictures(workspace, tab)
     _connect_choices(workspace, tab)
@@ -92,16 +93,18 @@ def _draw_advanced(form: Form) -> dict[str, gr.Column]:
     """The folded settings: each method's, of which one group shows, and a few of the training. Gives the groups."""
     groups: dict[str, gr.Column] = {}
     with gr.Accordion("Advanced settings", open=False, elem_id="advanced"):
-        gr.HTML('<p class="quiet">These fit your choices above already; change only what you know.</p>', padding=False)
+        about = "Where the settings below come from. Choose the one made for your base model."
+        with gr.Row(elem_classes="settings-head"):
+            form.keep("preset", gr.Dropdown(presets_to_choose(), value=FIRST_PRESET, label="Preset", info=about))
         for name, method in METHODS.items():
             with gr.Column(visible=name == "lora", elem_classes="settings") as groups[name]:
                 gr.HTML(f"<h3>{method.title}</h3>", padding=False)
                 with gr.Row(elem_classes="grid"):
-                    form.add(settled("subject", name).adapter, f"adapter.{name}")
+                    form.add(settled(FIRST_PRESET, "subject", name).adapter, f"adapter.{name}")
         with gr.Column(elem_classes="settings"):
             gr.HTML("<h3>Training</h3>", padding=False)
             with gr.Row(elem_classes="grid"):
-                config = settled("subject", "lora")
+                config = settled(FIRST_PRESET, "subject", "lora")
                 for group, names in COMMON.items():
                     form.add(getattr(config, group), group, names)
     return groups
@@ -132,17 +135,17 @@ def _connect_pictures(workspace: Path, tab: TrainTab) -> None:
 
 
 def _connect_choices(workspace: Path, tab: TrainTab) -> None:
-    """Another kind or method brings its own defaults; what a person changed stays."""
+    """Another kind, method or preset brings its own defaults; what a person changed stays."""
     controls = {*tab.form.controls.values(), tab.shown}
 
     def refresh(values: Mapping[gr.components.Component, Any]) -> dict[gr.components.Component, Any]:
         now = tab.form.read(values)
-        after = defaults(now["data.kind"], now["method"])
+        after = defaults(now["preset"], now["data.kind"], now["method"])
         updates = tab.form.refreshed(now, values[tab.shown], after)
         visible = {group: gr.update(visible=name == now["method"]) for name, group in tab.groups.items()}
         return {**updates, **visible, tab.shown: {**values[tab.shown], **after}}
 
-    for place in ("data.kind", "method"):
+    for place in ("data.kind", "method", "preset"):
         tab.form.controls[place].change(
             guarded(refresh, workspace),
             controls,
@@ -153,21 +156,35 @@ def _connect_choices(workspace: Path, tab: TrainTab) -> None:
 
 
 # --- what Start does: plain functions of values ----------------------------------------------------------------------
-def layers_for(kind: str, method: str) -> list[dict[str, Any]]:
-    """The preset for a kind of pictures and a method, as layers to settle. Any: settings as TOML gives them."""
-    name = "style" if kind == "style" else f"{method}-subject"
-    preset = find_preset(name) if (PRESETS / f"{name}.toml").is_file() else {}
-    return [preset, {"adapter": {"method": method}, "data": {"kind": kind}}]
+def presets_to_choose() -> list[tuple[str, str]]:
+    """(title, name) of what settings may start from; presets of one base model, such as sd15-lora, are one choice."""
+    found = {FIRST_PRESET: "For the starter model"}
+    for file in sorted(PRESETS.glob("*.toml")):
+        name, _, method = file.stem.rpartition("-")
+        title = str(find_preset(file.stem).get("title") or file.stem)
+        if name and method in METHODS:
+            found[name] = title.replace(METHODS[method].title, "").strip()
+        elif name not in METHODS and file.stem != "style":  # lora-subject and style are the starter model's
+            found[file.stem] = title
+    return [(title, name) for name, title in found.items()]
 
 
-def settled(kind: str, method: str) -> TrainConfig:
+def layers_for(preset: str, kind: str, method: str) -> list[dict[str, Any]]:
+    """What a run's settings start from, as layers to settle. Any: settings as TOML gives them."""
+    own = "style" if kind == "style" else f"{method}-subject"
+    names = (own, "quick") if preset == FIRST_PRESET else (f"{preset}-{method}", preset)
+    known = next((find_preset(name) for name in names if (PRESETS / f"{name}.toml").is_file()), {})
+    return [known, {"adapter": {"method": method}, "data": {"kind": kind}}]
+
+
+def settled(preset: str, kind: str, method: str) -> TrainConfig:
     """The settings of a run before a person changes any."""
-    return settle(*layers_for(kind, method))
+    return settle(*layers_for(preset, kind, method))
 
 
-def defaults(kind: str, method: str) -> dict[str, Any]:
+def defaults(preset: str, kind: str, method: str) -> dict[str, Any]:
     """What the folded controls show at first, by place. Any: each setting has its own type."""
-    config = settled(kind, method)
+    config = settled(preset, kind, method)
     shown = {
         f"{group}.{name}": getattr(getattr(config, group), name) for group, names in COMMON.items() for name in names
     }
@@ -184,10 +201,10 @@ def start_run(workspace: Path, chosen: datasets.PictureSet | None, values: Mappi
         raise UserError("The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".')
     method, kind = values["method"], values["data.kind"]
     own = f"adapter.{method}."
-    overrides = {place: value for place, value in values.items() if not place.startswith(("adapter.", "method"))}
+    overrides = {place: v for place, v in values.items() if not place.startswith(("adapter.", "method", "preset"))}
     overrides |= {f"adapter.{place.removeprefix(own)}": v for place, v in values.items() if place.startswith(own)}
     overrides |= {"data.trigger": trigger, "data.class_word": class_word}
-    layers = [*layers_for(kind, method), nested(overrides)]
+    layers = [*layers_for(values["preset"], kind, method), nested(overrides)]
     settle(*layers)  # a mistake in the settings is told before anything is copied
     folder = datasets.add_dataset(datasets.with_words(chosen, trigger=trigger, class_word=class_word), workspace)
     config = settle(*layers, {"data": {"images": str(folder)}})

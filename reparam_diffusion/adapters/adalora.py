@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from reparam_diffusion.adapters.base import Adapter, Method, Plan, Shape, Spec, register
+from reparam_diffusion.adapters.base import Adapter, Host, Method, Plan, Shape, Spec, is_thin, register
 from reparam_diffusion.adapters.lora import settled_rank
 
 
@@ -80,6 +80,9 @@ class Adalora(Adapter):
     def update(self, weight: Tensor) -> Tensor:
         left, right = self.left.to(weight.dtype), self.right.flatten(1).to(weight.dtype)
         return ((left * (self.values.to(weight.dtype) * self.scale)) @ right).reshape(self.shape)
+
+    def is_cheap(self, host: Host, rows: int) -> bool:
+        return is_thin(self.shape, self.plan.rank, rows)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         """P (Λ (Q x)): Λ goes into P, which is small."""

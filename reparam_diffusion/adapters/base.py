@@ -303,6 +303,12 @@ def register(method: Method) -> Method:
     return method
 
 
+def is_thin(shape: Shape, rank: int, rows: int) -> bool:
+    """Whether a low-rank product costs less than building ΔW and a dense product with it."""
+    entry = shape_size(shape[1:])
+    return rank * (entry + shape[0]) * rows < entry * shape[0] * (rows + rank)
+
+
 def alpha_of(tensors: Mapping[str, Tensor], rank: int) -> float:
     """A file's alpha as a number: absent means the rank (scale 1, as A1111, ComfyUI, diffusers and kohya read it)."""
     alpha = tensors.get("alpha")

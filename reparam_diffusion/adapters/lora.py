@@ -21,6 +21,7 @@ from reparam_diffusion.adapters.base import (
     alpha_of,
     as_filters,
     as_matrix,
+    is_thin,
     register,
     shape_size,
 )
@@ -81,13 +82,21 @@ class Lora(Adapter):
     def update(self, weight: Tensor) -> Tensor:
         return self.scale * (self.up.to(weight.dtype) @ self.down.flatten(1).to(weight.dtype)).reshape(self.shape)
 
+    def is_cheap(self, host: Host, rows: int) -> bool:
+        return self._drops() or is_thin(self.shape, self.plan.rank, rows)
+
+    def _drops(self) -> bool:
+        """Whether something is dropped now, which only the low-rank path can do."""
+        plan = self.plan
+        return self.draw is not None and max(plan.dropout, plan.rank_dropout, plan.module_dropout) > 0
+
     def low_rank(self) -> tuple[Tensor, Tensor]:
         return self.down, self.up if self.scale == 1.0 else self.up * self.scale
 
     def between(self, h: Tensor, host: Host) -> Tensor:
         """Dropout on the low-rank activations h (batch, …, r) or (batch, r, height, width)."""
         plan, draw = self.plan, self.draw
-        if draw is None or not (plan.dropout or plan.rank_dropout or plan.module_dropout):
+        if draw is None or not self._drops():
             return h
         h = host.channels_last(h)
         ones = (1,) * (h.ndim - 2)

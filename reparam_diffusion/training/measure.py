@@ -21,7 +21,7 @@ _MOST = 8
 
 @torch.no_grad()
 def fixed_noise_loss(setup: Setup) -> float:
-    """Mean loss over at most 8 pictures, held-out ones where there are, at four timesteps with noise that never changes."""
+    """Mean loss at four timesteps with noise that never changes, over at most 8 pictures, held-out ones if any."""
     material = setup.material
     items = material.dataset.held_out or material.dataset.train
     total = 0.0
