@@ -29,7 +29,7 @@ def test_every_command_in_the_readme_exists(command: str) -> None:
 
 
 def test_help_comes_without_torch() -> None:
-    script = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n    runpy.run_module('reparam_diffusion', run_name='__main__')\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"  # noqa: E501
+    script = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n    runpy.run_module('reparam_diffusion', run_name='__main__')\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, capture_output=True)
 
 
