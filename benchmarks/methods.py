@@ -18,7 +18,7 @@ from reparam_diffusion.config import find_preset, settle
 from reparam_diffusion.events import Finished, Started, Step, Validated
 from reparam_diffusion.gallery.grid import make_grid
 from reparam_diffusion.models.load import ASSETS, load_model
-from reparam_diffusion.models.precision import _processor as processor_name
+from reparam_diffusion.models.precision import processor_name
 from reparam_diffusion.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,10 +77,10 @@ def page(rows: dict[str, Any]) -> str:
     lines = [
         "# Methods, as measured",
         "",
-        f"Written by `python -m benchmarks.methods` on {processor_name()}, two cores. Each preset on the bundled examples;",
-        "backgrounds and seeds were not in the training. Background right and colour distance are `benchmarks.quality`'s, over",
-        "32 pictures; the base model's colour distance is 0.95 for the teddy, and the reference LoRA of the model's card has 0.34.",
-        "The loss is the one with fixed noise; the teddy has six pictures, too few to hold any out.",
+        f"Written by `python -m benchmarks.methods` on {processor_name()}, two cores.",
+        "Backgrounds and seeds of the pictures were not in the training. Background right and colour distance are those of",
+        "`benchmarks.quality` over 32 pictures. For the teddy the base model's colour distance is 0.95, and the reference",
+        "LoRA of the model's card has 0.34. The loss is taken with fixed noise; six pictures are too few to hold any out.",
         "",
         "| preset | example | seconds | per step | file | background right | colour distance | loss before -> after |",
         "|---|---|---|---|---|---|---|---|",

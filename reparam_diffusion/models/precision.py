@@ -53,7 +53,7 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
 def _remembered() -> str:
     """The answer for this processor, measured once and kept in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
-    key = f"{_processor()} torch {torch.__version__} threads {torch.get_num_threads()}"
+    key = f"{processor_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
     known: dict[str, str] = {}
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
@@ -72,7 +72,8 @@ def _remembered() -> str:
     return known[key]
 
 
-def _processor() -> str:
+def processor_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
