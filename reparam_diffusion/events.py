@@ -92,7 +92,7 @@ class Ranked(Event):
 
 @dataclass(frozen=True)
 class Saved(Event):
-    """A checkpoint ("checkpoint") or the finished file ("adapter") was written; `path` is relative to the run."""
+    """A file was written: `kind` is "checkpoint", "adapter" (finished) or "gallery"; `path` is relative to the run."""
 
     step: int
     path: str

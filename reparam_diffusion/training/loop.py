@@ -95,7 +95,12 @@ def train(
             asked = stop()
             if asked:
                 yield from look.keep(step - 1)
-                yield Paused(step - 1) if asked == "pause" else Stopped(step - 1, look.finish(step - 1))
+                if asked == "pause":
+                    yield Paused(step - 1)
+                    return
+                path = look.finish(step - 1)
+                yield from look.draw(step - 1)
+                yield Stopped(step - 1, path)
                 return
             clock = time.perf_counter()
             loss = _forward_and_backward(setup, learner, step)
@@ -153,12 +158,17 @@ class _Look:
         last = self.config.training.steps
         if step % self.validate_every == 0 or step == last:
             yield from self._validate(step)
-        if self.prompts and (step % self.sample_every == 0 or step == last):
+        if step % self.sample_every == 0 or step == last:
+            yield from self.draw(step)
+        if step and (step % self.checkpoint_every == 0 or step == last):
+            yield from self.keep(step)
+
+    def draw(self, step: int) -> Iterator[Event]:
+        """The preview pictures at this step."""
+        if self.prompts and self.learner.processes.is_main:
             with self.learner.averaged():
                 for prompt, seed, path in save_previews(self.setup, self.prompts, step):
                     yield Sampled(step, prompt, seed, path)
-        if step and (step % self.checkpoint_every == 0 or step == last):
-            yield from self.keep(step)
 
     def keep(self, step: int) -> Iterator[Event]:
         """A checkpoint at this step."""
