@@ -38,11 +38,39 @@ class Model:
     dtype: torch.dtype
     habits: Habits = field(default_factory=Habits)
     folder: Path | None = None
+    _idle: list[nn.Module] = field(default_factory=list)
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """What adapters attach to: "unet", "te1" and, for SDXL, "te2"."""
         return {"unet": self.unet} | {f"te{n}": encoder for n, encoder in enumerate(self.text_encoders, 1)}
+
+    @contextmanager
+    def parked(self, *, text: bool) -> Iterator[None]:
+        """While the body runs, the VAE (and with `text` the text encoders) leave a GPU; `awake` fetches them back."""
+        idle = [self.vae, *(self.text_encoders if text else [])]
+        if self.device.type == "cpu":
+            idle = []
+        self._idle = idle
+        for module in idle:
+            module.to("cpu")
+        try:
+            yield
+        finally:
+            self._idle = []
+            for module in idle:
+                module.to(self.device)
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """While the body runs, parked parts are on the device again."""
+        for module in self._idle:
+            module.to(self.device)
+        try:
+            yield
+        finally:
+            for module in self._idle:
+                module.to("cpu")
 
     @property
     def family(self) -> Family:

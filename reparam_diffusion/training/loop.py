@@ -90,7 +90,8 @@ def train(
     look = _Look(setup, learner)
     if saved is None:
         yield from look.at(0)
-    with learner.injection:
+    text_is_cached = not trains_text(config) and not config.data.shuffle_tags
+    with learner.injection, model.parked(text=text_is_cached):
         for step in range(first, training.steps + 1):
             asked = stop()
             if asked:

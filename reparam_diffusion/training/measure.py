@@ -57,7 +57,8 @@ def save_previews(setup: Setup, prompts: Sequence[str], step: int) -> list[tuple
     drawn = []
     for number, prompt in enumerate(prompts):
         seed = config.output.sample_seed + number
-        image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
+        with model.awake():
+            image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
         name = f"samples/{step:06d}-{number}.png"
         note = PngInfo()
         note.add_text(
