@@ -133,12 +133,23 @@ def _lycoris(method: str, model: nn.Module, *, bypass: bool) -> Contender:
     network.apply_to()
     logging.disable(logging.NOTSET)
     model.__dict__["lycoris_network"] = network  # kept alive with the model, outside its modules
-    return Contender(model, trainable(network.to(next(model.parameters()).device)))
+    # Its bypass_mode multiplies adapter and base tensors as they are, so it works in one dtype only: the base's.
+    host = next(model.parameters())
+    if host.dtype != torch.float32:  # and its rotations come out in fp32, which the next layer refuses
+        for adapter in network.loras:
+            _in_its_inputs_dtype(adapter.org_module[0])
+    return Contender(model, trainable(network.to(host.device), dtype=host.dtype))
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    """The adapter's parameters, in fp32 for every library alike."""
+def _in_its_inputs_dtype(module: nn.Module) -> None:
+    """Cast a layer's output to the dtype of its input."""
+    inner = module.forward
+    module.forward = lambda x: inner(x).to(x.dtype)
+
+
+def trainable(module: nn.Module, *, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    """The adapter's parameters, in fp32 for every library that can."""
     found = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in found:
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(dtype)
     return found
