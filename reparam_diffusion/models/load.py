@@ -45,6 +45,13 @@ class Model:
         """What adapters attach to: "unet", "te1" and, for SDXL, "te2"."""
         return {"unet": self.unet} | {f"te{n}": encoder for n, encoder in enumerate(self.text_encoders, 1)}
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Change the number format of the UNet and the text encoders."""
+        with quiet():
+            for module in self.parts.values():
+                module.to(dtype)
+        self.dtype = dtype
+
     @contextmanager
     def parked(self, *, text: bool) -> Iterator[None]:
         """While the body runs, the VAE (and with `text` the text encoders) leave a GPU; `awake` fetches them back."""

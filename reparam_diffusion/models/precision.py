@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,36 +42,59 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bf16 where it multiplies faster than fp32 on this device, else fp32."""
+    """The number format to load a model in: "auto" is bf16 (or fp16) on CUDA, and fp32 elsewhere."""
     if wanted != "auto":
         return DTYPES[wanted]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type != "cpu":
-        return torch.float32
-    return DTYPES[_remembered()]
+    return torch.float32
 
 
-def _remembered() -> str:
-    """The answer for this processor, measured once and kept in the user's cache folder."""
+def faster_on_cpu(unet: Any) -> torch.dtype:
+    """bf16 where forward and backward through one of this UNet's blocks are clearly faster in it, else fp32.
+
+    Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. Any:
+    diffusers' classes are not imported here.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
-    key = f"{processor_name()} torch {torch.__version__} threads {torch.get_num_threads()}"
+    widths = unet.config.block_out_channels
+    key = f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, widths {widths}"
     known: dict[str, str] = {}
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if known.get(key) in DTYPES:
-        return known[key]
-    known[key] = "bf16" if _seconds(torch.bfloat16) < 0.8 * _seconds(torch.float32) else "fp32"
+        return DTYPES[known[key]]
+    known[key] = "bf16" if _seconds(unet, torch.bfloat16) < 0.9 * _seconds(unet, torch.float32) else "fp32"
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         beside = cache.with_name(f"{cache.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known), encoding="utf-8")
+        beside.write_text(json.dumps(known, indent=1), encoding="utf-8")
         beside.replace(cache)
     except OSError:
         pass  # a read-only home costs a measurement each time, nothing else
-    return known[key]
+    return DTYPES[known[key]]
+
+
+def _seconds(unet: Any, dtype: torch.dtype) -> float:
+    """The best of four passes forward and back through a copy of the first block with attention, batch 2."""
+    blocks = list(unet.down_blocks)
+    attentive = [block for block in blocks if getattr(block, "has_cross_attention", False)]
+    number = blocks.index(attentive[0]) if attentive else 0
+    block = copy.deepcopy(blocks[number]).to(dtype)
+    widths = unet.config.block_out_channels
+    side = min(max(int(unet.config.sample_size) // 2**number, 8), 32)
+    x = torch.randn(2, widths[max(number - 1, 0)], side, side, dtype=dtype, requires_grad=True)
+    inputs: dict[str, Any] = {"temb": torch.randn(2, unet.time_embedding.linear_2.out_features, dtype=dtype)}
+    if attentive:
+        inputs["encoder_hidden_states"] = torch.randn(2, 77, unet.config.cross_attention_dim, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        block(x, **inputs)[0].sum().backward()
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def processor_name() -> str:
@@ -80,15 +105,3 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
-
-def _seconds(dtype: torch.dtype) -> float:
-    """The best of five: a 1024 x 1024 product and a 3x3 convolution as in a UNet."""
-    matrix = torch.ones(1024, 1024, dtype=dtype)
-    picture, kernel = torch.ones(1, 128, 32, 32, dtype=dtype), torch.ones(128, 128, 3, 3, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        matrix @ matrix
-        torch.nn.functional.conv2d(picture, kernel, padding=1)
-        best = min(best, time.perf_counter() - start)
-    return best

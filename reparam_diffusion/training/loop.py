@@ -28,7 +28,7 @@ from reparam_diffusion.events import (
     Warned,
 )
 from reparam_diffusion.models.load import Model, load_model
-from reparam_diffusion.models.precision import DTYPES, name_of, pick_device, pick_precision
+from reparam_diffusion.models.precision import faster_on_cpu, name_of, pick_device, pick_precision
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
 from reparam_diffusion.training.facts import ADAPTER, write_finished
@@ -222,10 +222,12 @@ def _load(config: TrainConfig, saved: State | None) -> tuple[Model, Processes]:
     """The base model in the run's number format; a resumed run keeps the one it was started with."""
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
-    dtype = pick_precision(config.model.precision, processes.device)
-    if saved is not None:
-        dtype = DTYPES[saved["precision"]]
-    return load_model(config.model.path, device=processes.device, dtype=dtype), processes
+    wanted = config.model.precision if saved is None else saved["precision"]
+    dtype = pick_precision(wanted, processes.device)
+    model = load_model(config.model.path, device=processes.device, dtype=dtype)
+    if wanted == "auto" and processes.device.type == "cpu":
+        model.cast(faster_on_cpu(model.unet))
+    return model, processes
 
 
 def _ready(model: Model, config: TrainConfig) -> None:
