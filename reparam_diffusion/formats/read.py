@@ -17,7 +17,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
 from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
-from reparam_diffusion.formats.names import Parts, diffusers_name, spellings
+from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
 
 Unmatched = list[tuple[str, str]]
@@ -98,9 +98,9 @@ class AdapterFile:
         return {name: rank for name, site in self._sites.items() if (rank := site.rank()) is not None}
 
     def delta(self, site: str, weight: Tensor) -> Tensor:
-        """ΔW in fp32 of one canonical site for its base weight. Raises UserError where they do not fit."""
+        """ΔW in fp32 of one site, by canonical or module name, for its base weight; UserError where none fits."""
         try:
-            return _build(self._sites[site].leaves, tuple(weight.shape)).delta(weight)
+            return _build(self._sites[canonical(site)].leaves, tuple(weight.shape)).delta(weight)
         except KeyError:
             raise UserError(f"{self.file.name} does not change {site}.") from None
         except ValueError as error:
