@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,6 +46,7 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
+    from reparam_diffusion.data.images import find_pictures
     from reparam_diffusion.jobs.runs import create_run
     from reparam_diffusion.jobs.worker import work
 
@@ -62,6 +65,13 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "The command line trains in one process.",
+            "Several would each make a run of their own.",
+            "Call reparam_diffusion.train(config, folder=…) from a script under accelerate launch.",
+        )
+    find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
         _say_plan(config)
         return
@@ -125,8 +135,13 @@ def generate(
     text, tags = split_tags(prompt)
     chosen = [_adapter_choice(one, workspace) for one in adapter or []]
     chosen += [(find(tag, workspace), strength, te) for tag, strength, te in tags]
+    if out is not None and out.suffix.lower() not in ("", ".png"):
+        raise UserError(
+            f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
+        )
     base = load_model(model, device=device)
     with _bar("Drawing", (steps or base.habits.steps) * count) as advance:
+        warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
         pictures = make(
             base,
             text,
@@ -230,8 +245,10 @@ def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | No
 
 
 def _is_number(text: str) -> bool:
+    from reparam_diffusion.models.sample import finite
+
     try:
-        float(text)
+        finite(text)
     except ValueError:
         return False
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -100,6 +102,7 @@ def generate(
     """`count` pictures from seeds seed, seed + 1, …, with the adapters merged in for the time of the drawing.
 
     Steps, guidance and negative prompt default to the model's own. `on_step(done, total)` may return True to cancel.
+    Warns of an adapter's keys that do not fit the model.
     """
     if not prompt.strip():
         raise UserError("The prompt is empty.", do="Say what to draw.")
@@ -126,5 +129,13 @@ def _weighted(model: Model, choice: AdapterChoice) -> tuple[Mapping[str, Adapter
         choice = (choice, 1.0)
     path, strength = choice[0], choice[1]
     text = choice[2] if len(choice) == 3 and choice[2] is not None else strength
-    adapters, _ = bind(model, path)
+    if not (math.isfinite(strength) and math.isfinite(text)):
+        raise UserError(f"The strength of {Path(path).name} is no number.", do="Use a number such as 0.8.")
+    adapters, unmatched = bind(model, path)
+    if unmatched:
+        key, why = unmatched[0]
+        warnings.warn(
+            f"{len(unmatched)} keys of {Path(path).name} do not fit this model and are left out, such as {key}: {why}.",
+            stacklevel=3,
+        )
     return adapters, lambda site: strength if site.startswith("unet.") else text

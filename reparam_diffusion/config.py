@@ -116,7 +116,7 @@ class TrainingSettings(Settings):
     """Learning rate of the text encoders' adapters; 0 takes half the UNet's."""
     optimizer: Literal["adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop"] = "adamw"
     """Optimizer, from torch.optim."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Adam's averaging of the gradient and of its square."""
     weight_decay: float = Field(0.01, ge=0, le=1)
     """Weight decay of the adapters."""

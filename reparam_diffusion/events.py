@@ -53,13 +53,13 @@ class Prepared(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """One optimizer step. `seconds` is this step alone; `learning_rates` by model part."""
+    """One optimizer step. `seconds` is this step alone; `learning_rates` by model part; no norm: it overflowed."""
 
     step: int
     loss: float
     learning_rates: dict[str, float]
     seconds: float
-    gradient_norm: float
+    gradient_norm: float | None
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,10 @@ class Adalora(Adapter):
     def live_rank(self) -> int | None:
         return int((self.values != 0).sum()) if bool(self.values.any()) else int(self.alive.sum())
 
+    def settle(self) -> None:
+        """Ranks that were taken away stay away, also in a moving average."""
+        self.values.data *= self.alive
+
     def tensors(self) -> dict[str, Tensor]:
         """The LoRA it equals: live ranks only, halves balanced, alpha 1 with the scale folded in; empty at rank 0."""
         keep = self.values.detach() != 0

@@ -212,6 +212,9 @@ class Adapter(nn.Module):
         """The adapter in a file's leaf tensors for a weight of `shape`. Raises ValueError where they do not fit."""
         raise TypeError(f"{cls.__name__} is not read from files")
 
+    def settle(self) -> None:
+        """Put right what an average of past values may not keep, such as ranks that are gone."""
+
     def state(self) -> dict[str, Tensor]:
         """Everything a resume needs, on the CPU."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}

@@ -29,6 +29,7 @@ __all__ = [
     "read_config",
     "read_events",
     "state_of",
+    "take_sample",
     "workspace_of",
 ]
 
@@ -196,6 +197,15 @@ def ask(folder: Path, request: Request) -> None:
 def asked(folder: Path) -> str:
     """ "stop" or "pause" when that was asked for, else ""."""
     return next((request for request in ("stop", "pause") if (folder / "ask" / request).exists()), "")
+
+
+def take_sample(folder: Path) -> str:
+    """ "sample" once for each request for previews, else ""."""
+    try:
+        (folder / "ask" / "sample").unlink()
+    except FileNotFoundError:
+        return ""
+    return "sample"
 
 
 def clear_requests(folder: Path) -> None:

@@ -57,7 +57,7 @@ def work(
             runs.clear_requests(folder)
 
         def stop() -> str:
-            return signalled() or runs.asked(folder)
+            return signalled() or runs.asked(folder) or runs.take_sample(folder)
 
         for event in _told(config, folder, stop, resume=resume, train=train):
             log.append(event)
@@ -92,7 +92,7 @@ def _on_device(
                 yield e.Prepared(WAITING, 0, 1)
                 has_said = True
             request = stop()
-            if request:
+            if request in ("stop", "pause"):
                 yield e.Paused(last) if request == "pause" else e.Stopped(last, "")
                 return
             time.sleep(LOOK_AGAIN)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.load import Model
 
 
@@ -60,6 +61,14 @@ def _hidden_normed(model: Model, captions: Sequence[str], clip_skip: int) -> Ten
 def last_layers(model: Model, *, clip_skip: int) -> dict[str, int]:
     """The last text encoder layer that reaches the loss; those after it are left out when planning."""
     layers = [encoder.config.num_hidden_layers for encoder in model.text_encoders]
+    most = min(layers) - (1 if model.family != "sdxl" else 2)
+    if clip_skip > most:
+        raise UserError(
+            f"clip_skip {clip_skip} leaves nothing of this text encoder.",
+            f"It has {min(layers)} layers.",
+            f"Use at most {most}.",
+            place="model.clip_skip",
+        )
     if model.family != "sdxl":
         return {"te1": layers[0] - 1 - clip_skip}
     return {"te1": layers[0] - 2 - clip_skip, "te2": layers[1] - 1}  # te2's pooled output uses every layer
@@ -72,4 +81,5 @@ def time_ids(model: Model, *, original: tuple[int, int], corner: tuple[int, int]
 
 def is_too_long(model: Model, caption: str) -> bool:
     """Whether the caption has more tokens than the model reads."""
-    return any(len(tokenizer(caption).input_ids) > tokenizer.model_max_length for tokenizer in model.tokenizers)
+    lengths = [(len(t(caption, verbose=False).input_ids), t.model_max_length) for t in model.tokenizers]
+    return any(length > most for length, most in lengths)

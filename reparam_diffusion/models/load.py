@@ -141,6 +141,14 @@ def load_model(
         habits=read_habits(source if source.is_dir() else None),
         folder=source if source.is_dir() else None,
     )
+    if model.unet.config.in_channels != model.vae.config.latent_channels:
+        raise UserError(
+            f"{model.name} is an inpainting or editing model.",
+            f"Its UNet reads {model.unet.config.in_channels} channels, not {model.vae.config.latent_channels}.",
+            "Train on the plain version of the model.",
+        )
+    if source.is_file():
+        model.cast(dtype)
     for module in (*model.parts.values(), model.vae):
         module.requires_grad_(False).eval().to(place)
     if place.type == "cuda":
@@ -151,10 +159,12 @@ def load_model(
 def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
     """The diffusers pipeline, whose parts we take."""
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
+    kind = ""
     options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "use_safetensors": True}
     if source.is_file():
-        return _single_file(source, dtype)
+        return _single_file(source)
     if source.is_dir():
         index = source / "model_index.json"
         if not index.is_file():
@@ -163,9 +173,7 @@ def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
                 "It has no model_index.json.",
                 "Give a diffusers folder or a .safetensors checkpoint.",
             )
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name", "")
-        if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-            raise UserError(f"{source.name} is a {kind}.", do="Give a Stable Diffusion 1.x, 2.x or XL model.")
+        kind = _kind_of(source.name, _json(index))
         if not list((source / "unet").glob("diffusion_pytorch_model*.safetensors")):
             raise UserError(
                 f"{source.name} has no .safetensors weights in unet/.",
@@ -176,13 +184,15 @@ def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
             (source / "unet").glob("*.fp16.safetensors")
         ):
             options["variant"] = "fp16"
-        if kind == "StableDiffusionPipeline":
-            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     elif asked.count("/") != 1 or asked.startswith((".", "/", "~")):
         raise UserError(f'There is no model at "{asked}".', do='Check the path, or use "starter".')
     try:
+        if not source.exists():
+            kind = _kind_of(asked, DiffusionPipeline.load_config(asked))  # before gigabytes come
+        if kind == "StableDiffusionPipeline":
+            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return DiffusionPipeline.from_pretrained(str(source) if source.exists() else asked, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         do = (
             "Check the path."
@@ -192,7 +202,24 @@ def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
         raise UserError(f'The model "{asked}" could not be loaded.', reason, do) from error
 
 
-def _single_file(source: Path, dtype: torch.dtype) -> Any:
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged.", f"It is not JSON: {error}.", "Download the model again.") from None
+
+
+def _kind_of(name: str, index: Any) -> str:
+    """The pipeline's class in a model_index.json, when it is one of ours."""
+    kind = index.get("_class_name", "") if isinstance(index, dict) else ""
+    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+        raise UserError(
+            f"{name} is {f'a {kind}' if kind else 'no pipeline'}.", do="Give a Stable Diffusion 1.x, 2.x or XL model."
+        )
+    return str(kind)
+
+
+def _single_file(source: Path) -> Any:
     """A checkpoint in the original Stable Diffusion key names."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
     from safetensors import SafetensorError, safe_open
@@ -212,7 +239,7 @@ def _single_file(source: Path, dtype: torch.dtype) -> Any:
         raise UserError(f"{source.name} is not a Stable Diffusion checkpoint.", "It has no UNet inside.")
     kind = StableDiffusionXLPipeline if any(key.startswith("conditioner.") for key in keys) else StableDiffusionPipeline
     try:
-        return kind.from_single_file(str(source), dtype=dtype)
+        return kind.from_single_file(str(source), dtype=torch.float32)  # cast by the caller, the VAE stays
     except (OSError, ValueError) as error:
         raise UserError(
             f"{source.name} could not be loaded.",

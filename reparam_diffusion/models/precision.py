@@ -32,6 +32,8 @@ def pick_device(device: str) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f'There is no device called "{device}".', do="Use auto, cpu, cuda or cuda:1.") from None
+    if chosen.type not in ("cpu", "cuda", "mps") or (chosen.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"The device {device} is not there.", do="Use auto, cpu, cuda or cuda:1.")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"The device {device} is not there.",
@@ -104,4 +106,3 @@ def processor_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from reparam_diffusion.models.load import Model
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TAG = re.compile(r"<lora:([^:<>]+)((?::-?[0-9]*\.?[0-9]+){0,2})>")
+_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 
 
 def draw(
@@ -36,13 +37,19 @@ def draw(
 
     `on_step(done, total)` is told of progress; when it returns True the drawing ends early with no pictures.
     """
-    steps = steps or model.habits.steps
+    steps = model.habits.steps if steps is None else steps
+    most = int(model.scheduler.config.num_train_timesteps)
+    if not 1 <= steps <= most:
+        raise UserError(f"{steps} sampling steps are not possible.", do=f"Take 1 to {most}.")
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise UserError("A seed is out of range.", do="Take a whole number from 0 to 9223372036854775807.")
     guidance = model.habits.guidance if guidance is None else guidance
     negative = model.habits.negative if negative is None else negative
     width, height = width or model.size, height or model.size
     _check_size(model, width, height)
     pictures: list[Image] = []
-    at_once = max(1, min(len(seeds), 8 * 128 * 128 // (width * height))) if model.device.type == "cpu" else 4
+    room = 8 * 128 * 128 if model.device.type == "cpu" else 4 * 1024 * 1024  # pixels drawn at once
+    at_once = max(1, min(len(seeds), room // (width * height)))
     with torch.no_grad():
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
         pipe = _pipeline(model)
@@ -69,7 +76,10 @@ def _decoded(model: Model, latents: Tensor, processor: Any) -> list[Image]:
     """Latents to pictures in the VAE's own number format, which the pipelines do not always do."""
     config = model.vae.config
     latents = latents.to(model.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-    pictures: list[Image] = processor.postprocess(model.vae.decode(latents, return_dict=False)[0], output_type="pil")
+    decoded = [
+        model.vae.decode(one[None], return_dict=False)[0] for one in latents
+    ]  # one by one: it is the largest part
+    pictures: list[Image] = processor.postprocess(torch.cat(decoded), output_type="pil")
     return pictures
 
 
@@ -132,11 +142,25 @@ def _check_size(model: Model, width: int, height: int) -> None:
         )
 
 
+def finite(text: str) -> float:
+    """A number from text. Raises ValueError for anything else, "nan" and "inf" included."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number to multiply with")
+    return value
+
+
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float, float | None]]]:
     """A prompt without its <lora:name:strength:te_strength> tags, and the tags. A strength left out is 1."""
     tags: list[tuple[str, float, float | None]] = []
-    for name, numbers in _TAG.findall(prompt):
-        values = [float(number) for number in numbers.split(":") if number]
+    for inside in _TAG.findall(prompt):
+        name, *numbers = inside.split(":")
+        try:
+            values = [finite(number) for number in numbers]
+        except ValueError:
+            values = [0.0] * 3
+        if not name.strip() or len(values) > 2:
+            raise UserError(f"<lora:{inside}> cannot be read.", do="Write <lora:name:0.8> or <lora:name:0.8:0.5>.")
         tags.append((name.strip(), values[0] if values else 1.0, values[1] if len(values) > 1 else None))
     text = re.sub(r"\s+", " ", _TAG.sub("", prompt)).strip().rstrip(",").strip()
     return text, tags

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import last_layers
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.targets import SitePlan, build_adapters, plan_sites
+from reparam_diffusion.targets import TEXT_SETS, SitePlan, build_adapters, plan_sites, sites_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.optim import make_optimizer, make_schedule
 from reparam_diffusion.training.processes import Processes
@@ -28,10 +29,21 @@ def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:
         targets["unet"] = config.targets.unet
     if trains_text(config):
         wanted = config.targets.text_encoder
-        encoders = [part for part in model.parts if part != "unet"]
-        if isinstance(wanted, list):  # globs name their encoder
-            encoders = [part for part in encoders if any(glob.startswith((part, "*")) for glob in wanted)]
-        targets |= dict.fromkeys(encoders, wanted)
+        for part in (name for name in model.parts if name != "unet"):
+            if isinstance(wanted, str) and wanted in TEXT_SETS:
+                targets[part] = wanted
+                continue
+            globs = [wanted] if isinstance(wanted, str) else wanted
+            own = [glob for glob in globs if sites_of(part, model.parts[part], glob)]
+            if own:
+                targets[part] = own
+        if not targets.keys() - {"unet"}:
+            raise UserError(
+                f"No layer of a text encoder matches {wanted}.",
+                f"This model's encoders are called {', '.join(part for part in model.parts if part != 'unet')}.",
+                'Write globs such as "te1.*q_proj".',
+                place="targets.text_encoder",
+            )
     rules = [(rule.match, rule.adapter) for rule in config.targets.rules]
     layers = last_layers(model, clip_skip=config.model.clip_skip)
     return plan_sites(model.parts, targets, config.adapter, rules, last_layers=layers)
@@ -66,13 +78,16 @@ class Learner:
         ]
         return torch.stack(terms).sum() if terms else None
 
-    def update(self, step: int) -> float:
-        """One optimizer step from the gradients at hand; returns their norm before clipping."""
+    def update(self, step: int) -> float | None:
+        """One optimizer step from the gradients at hand; returns their norm, None if they overflowed."""
         training = self.config.training
-        self.scaler.unscale_(self.optimizer)
         self.processes.mean_gradients(self.parameters)
+        self.scaler.unscale_(self.optimizer)
         limit = training.clip or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        if not math.isfinite(norm):
+            self._skip(step)
+            return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
         for name, adapters in self.by_method.items():
@@ -83,7 +98,19 @@ class Learner:
             self.average.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return float(norm)
+        return norm
+
+    def _skip(self, step: int) -> None:
+        """A step whose gradient overflowed is not taken: fp16 lowers its scale and goes on, other formats are lost."""
+        if not self.scaler.is_enabled():
+            raise UserError(
+                f"The gradient is no number any more at step {step}.",
+                "The learning rate is too high for these settings.",
+                "Start again with a lower learning rate.",
+            )
+        self.scaler.step(self.optimizer)  # sees the overflow and leaves the weights alone
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def check_gradients(self) -> None:
         """After the first backward: every site must have been reached. Raises UserError naming those that were not."""
@@ -108,6 +135,8 @@ class Learner:
             return
         self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
+        for adapter in self.adapters.values():
+            adapter.settle()
         try:
             yield
         finally:
@@ -143,6 +172,7 @@ class Learner:
         self.best = state["best"]
         if self.average is not None and state["average"] is not None:
             self.average.load_state_dict(state["average"])
+            self.average.to(self.parameters[0].device)
 
 
 def _make_average(parameters: list[nn.Parameter], decay: float) -> Any:

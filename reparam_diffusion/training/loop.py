@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.config import TrainConfig, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
     Event,
     Finished,
     Launched,
     Paused,
+    Prepared,
     Ranked,
     Sampled,
     Saved,
@@ -29,20 +31,21 @@ from reparam_diffusion.events import (
 )
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.precision import faster_on_cpu, name_of, pick_device, pick_precision
-from reparam_diffusion.targets import count_parameters, file_bytes
+from reparam_diffusion.targets import SitePlan, count_parameters, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
 from reparam_diffusion.training.facts import ADAPTER, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
-from reparam_diffusion.training.measure import fixed_noise_loss, save_previews
+from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates
-from reparam_diffusion.training.prepare import prepare, preview_prompts
+from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
 from reparam_diffusion.training.processes import Processes, join_processes
 from reparam_diffusion.training.setup import Setup
-from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint
+from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
 
 Asked = Callable[[], str | bool]
-"""Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" ends with a checkpoint."""
+"""Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" with a checkpoint, "sample"
+draws the previews now."""
 
 
 def never() -> str:
@@ -61,18 +64,21 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
-    saved = load_checkpoint(folder) if resume else None
+    saved = _last_state(folder, config, resume=resume)
     model, processes = _load(config, saved)
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
     sites = plan_run(model, config)
-    material = yield from prepare(model, config, folder, trains_text=trains_text(config))
+    done = 0 if saved is None else saved["step"]
+    yield from _notes(sites)
+    material = yield from _prepared(model, config, folder, processes, stop=stop, done=done)
+    if material is None:
+        return
     setup = Setup(model, config, objective, material, processes, folder, begun)
     learner = Learner(model, config, sites, processes)
-    first = 1
+    first = done + 1
     if saved is not None:
         learner.load_state(saved)
-        first = saved["step"] + 1
         yield from _differences(saved, model)
     _ready(model, config)
     yield Started(
@@ -93,8 +99,10 @@ def train(
     text_is_cached = not trains_text(config) and not config.data.shuffle_tags
     with learner.injection, model.parked(text=text_is_cached):
         for step in range(first, training.steps + 1):
-            asked = stop()
-            if asked:
+            asked = processes.agree(str(stop() or ""))
+            if asked == "sample":
+                yield from look.draw(step - 1)
+            elif asked:
                 yield from look.keep(step - 1)
                 if asked == "pause":
                     yield Paused(step - 1)
@@ -129,7 +137,7 @@ def _forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
             raise UserError(
                 f"The loss became {total} at step {step}.",
                 "The learning rate is too high for these settings, or the model's number format too small.",
-                "Resume with a lower learning rate, or start again with model.precision = fp32.",
+                "Start again with a lower learning rate, or with model.precision = fp32.",
             )
         penalty = learner.penalty() if micro == 0 else None
         whole = loss / passes if penalty is None else loss / passes + penalty
@@ -168,7 +176,10 @@ class _Look:
         """The preview pictures at this step."""
         if self.prompts and self.learner.processes.is_main:
             with self.learner.averaged():
-                for prompt, seed, path in save_previews(self.setup, self.prompts, step):
+                for number, prompt in enumerate(self.prompts):
+                    if step == 0:
+                        yield Prepared("preview pictures", number, len(self.prompts))
+                    seed, path = save_preview(self.setup, prompt, number, step)
                     yield Sampled(step, prompt, seed, path)
 
     def keep(self, step: int) -> Iterator[Event]:
@@ -216,6 +227,52 @@ class _Look:
         share = getattr(self.config.adapter, "t_final", None)
         total = self.config.training.steps
         return share is None or step >= total - round(share * total)
+
+
+def _prepared(
+    model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, done: int
+) -> Generator[Event, None, Material | None]:
+    """The material; None when a request ended the run before it was there. `done` steps were taken before."""
+    if not processes.is_main:
+        processes.wait()  # the first process draws and encodes, the others find it done
+    preparing = prepare(model, config, folder, trains_text=trains_text(config))
+    while True:
+        try:
+            yield next(preparing)
+        except StopIteration as end:
+            material: Material = end.value
+            break
+        asked = stop() if processes.ranks == 1 else ""
+        if asked and asked != "sample":
+            yield Paused(done) if asked == "pause" else Stopped(done, "")
+            return None
+    if processes.is_main:
+        processes.wait()
+    return material
+
+
+def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
+    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
+    settings = folder / "config.toml"
+    if not settings.is_file():
+        settings.write_text(to_toml(config), encoding="utf-8")
+    if not resume and steps_saved(folder):
+        raise UserError(
+            f"{folder} holds a run already.", "Its checkpoints would be mixed up.", "Resume it, or take another folder."
+        )
+    if not resume or not (folder / "checkpoints").exists():
+        return None
+    saved = load_checkpoint(folder)
+    if saved["step"] >= config.training.steps:
+        raise UserError("This run is finished.", f"It has done all {saved['step']} steps.", "Start a new one.")
+    return saved
+
+
+def _notes(sites: list[SitePlan]) -> Iterator[Event]:
+    """What had to be settled for some layers, each kind once."""
+    notes = Counter(note for site in sites if (note := getattr(site.plan, "note", "")))
+    for note, count in notes.items():
+        yield Warned(f"In {count} of {len(sites)} layers: {note}.")
 
 
 def _load(config: TrainConfig, saved: State | None) -> tuple[Model, Processes]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
+from PIL.PngImagePlugin import PngInfo
 
 from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import generator
@@ -48,23 +47,17 @@ def _item_loss(setup: Setup, item: Item, number: int) -> float:
     return float(objective.losses(model.unet, batch, text, size_ids(model, samples), model.dtype).mean())
 
 
-def save_previews(setup: Setup, prompts: Sequence[str], step: int) -> list[tuple[str, int, str]]:
-    """Draw every prompt from its fixed seed into samples/; returns (prompt, seed, path relative to the run)."""
-    from PIL.PngImagePlugin import PngInfo
-
+def save_preview(setup: Setup, prompt: str, number: int, step: int) -> tuple[int, str]:
+    """Draw a prompt from its fixed seed into samples/; returns the seed and the path relative to the run."""
     model, config, folder = setup.model, setup.config, setup.folder
     (folder / "samples").mkdir(exist_ok=True)
-    drawn = []
-    for number, prompt in enumerate(prompts):
-        seed = config.output.sample_seed + number
-        with model.awake():
-            image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
-        name = f"samples/{step:06d}-{number}.png"
-        note = PngInfo()
-        note.add_text(
-            "parameters", f"{prompt}\nSteps: {model.habits.steps}, CFG scale: {model.habits.guidance}, Seed: {seed}"
-        )
-        image.save(folder / f"{name}.part", "PNG", pnginfo=note)
-        (folder / f"{name}.part").replace(folder / name)
-        drawn.append((prompt, seed, name))
-    return drawn
+    seed = config.output.sample_seed + number
+    with model.awake():
+        image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
+    name = f"samples/{step:06d}-{number}.png"
+    note = PngInfo()
+    habits = model.habits
+    note.add_text("parameters", f"{prompt}\nSteps: {habits.steps}, CFG scale: {habits.guidance}, Seed: {seed}")
+    image.save(folder / f"{name}.part", "PNG", pnginfo=note)
+    (folder / f"{name}.part").replace(folder / name)
+    return seed, name

@@ -8,6 +8,7 @@ import torch
 
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.config import TrainingSettings
+from reparam_diffusion.errors import UserError
 
 _FUSED = ("adamw", "adam", "sgd")
 
@@ -49,7 +50,12 @@ def make_schedule(settings: TrainingSettings, optimizer: torch.optim.Optimizer) 
     warmup = round(settings.warmup * settings.steps)
     if name == "constant" and warmup:
         name = "constant_with_warmup"
-    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
+    try:
+        return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=settings.steps)
+    except ValueError as error:  # polynomial ends at 1e-7, which must lie below
+        raise UserError(
+            f"The schedule {name} does not go with this learning rate.", str(error), "Choose another schedule."
+        ) from error
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.cache import LatentCache, TextCache
 from reparam_diffusion.data.captions import caption_for, fill
+from reparam_diffusion.data.check import look_over
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, build_dataset
 from reparam_diffusion.data.images import Picture, find_pictures
 from reparam_diffusion.errors import UserError
@@ -40,19 +42,20 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
     if not data.images:
         raise UserError("No pictures were given.", do="Set data.images to a folder of pictures.", place="data.images")
     pictures, refused = find_pictures(data.images, least_side=max(32, model.size // 4))
-    for bad in refused:
-        yield Warned(f"{bad.path.name} is left out: {bad.why}")
     captions = captions_of(model, config, pictures)
-    for caption in captions:
+    resolution = data.resolution or model.size
+    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution):
+        yield Warned(note)
+    for caption in dict.fromkeys(captions):
         if is_too_long(model, caption):
-            yield Warned(f'This caption is longer than the model reads and is cut: "{caption}"')
+            yield Warned(f'This caption is longer than the model reads and is cut: "{caption[:60]}…"')
     held_out = data.held_out
     if held_out < 0:
         held_out = len(pictures) // LEAST_FOR_HELD_OUT
     dataset = build_dataset(
         pictures,
         captions,
-        resolution=data.resolution or model.size,
+        resolution=resolution,
         step=model.size_step,
         buckets=data.buckets,
         repeats=data.repeats,
@@ -72,7 +75,11 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
         TextCache(cache / "texts", encoders, clip_skip=config.model.clip_skip),
         class_items,
     )
+    if len(dataset.held_out) < data.held_out:
+        yield Warned(f"{len(dataset.held_out)} pictures are held out, not {data.held_out}: at most a quarter of them.")
     yield from _encode_pictures(model, material)
+    if material.latents.store.trouble:
+        yield Warned(material.latents.store.trouble)
     if not trains_text and not data.shuffle_tags:
         yield from _encode_texts(model, material, config.model.clip_skip)
     return material
@@ -119,9 +126,12 @@ def fingerprint(module: torch.nn.Module) -> str:
 def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     """Write the pictures' hashes at the first Start; a resume with other pictures is an error."""
     file = folder / "pictures.json"
-    now = {picture.path.name: picture.hash for picture in pictures}
+    now = {
+        f"{number} {picture.path.name}": f"{picture.hash} {picture.caption or ''}"
+        for number, picture in enumerate(pictures, 1)
+    }
     if not file.is_file():
-        beside = file.with_suffix(".tmp")
+        beside = file.with_name(f".{file.name}.{os.getpid()}")
         beside.write_text(json.dumps(now, indent=1), encoding="utf-8")
         beside.replace(file)
         return
@@ -129,8 +139,8 @@ def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         raise UserError(
-            "The pictures have changed since this run was started.",
-            f"Different now: {', '.join(changed[:5])}.",
+            "The pictures or their captions have changed since this run was started.",
+            f"Different now: {', '.join(name.partition(' ')[2] for name in changed[:5])}.",
             "Put them back as they were, or start a new run.",
         )
 
@@ -157,8 +167,9 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
         for prompt in dict.fromkeys(prompts[n % len(prompts)] for n in numbers):
             seeds = [n for n in numbers if prompts[n % len(prompts)] == prompt]
             for n, image in zip(seeds, draw(model, prompt, seeds=seeds, steps=steps), strict=True):
-                image.save(place / f".{n:04d}.png", "PNG")
-                (place / f".{n:04d}.png").replace(place / f"{n:04d}.png")
+                beside = place / f".{n:04d}.{os.getpid()}"
+                image.save(beside, "PNG")
+                beside.replace(place / f"{n:04d}.png")
     yield Prepared("class pictures", prior.images, prior.images)
     pictures, _ = find_pictures([place / f"{n:04d}.png" for n in range(prior.images)], least_side=1)
     size = (model.size, model.size)

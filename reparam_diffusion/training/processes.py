@@ -35,6 +35,23 @@ class Processes:
             parameter.grad = flat[start : start + grad.numel()].view_as(grad).clone()
             start += grad.numel()
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.ranks > 1:
+            from accelerate.utils import wait_for_everyone
+
+            wait_for_everyone()
+
+    def agree(self, answer: str) -> str:
+        """The first process's answer, for all of them."""
+        if self.ranks == 1:
+            return answer
+        from accelerate.utils import broadcast_object_list
+
+        box = [answer]
+        broadcast_object_list(box)
+        return box[0]
+
 
 def join_processes(device: torch.device) -> Processes:
     """Join the others when started by `accelerate launch` or torchrun, else stand alone."""

@@ -26,7 +26,8 @@ def save_checkpoint(folder: Path, step: int, state: State, *, keep: int, also: C
     """
     place = folder / "checkpoints" / f"{step:06d}"
     beside = place.with_name(f".{place.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    for torn in place.parent.glob(".[0-9]*"):  # of a process that was killed while it saved
+        shutil.rmtree(torn, ignore_errors=True)
     try:
         beside.mkdir(parents=True)
         torch.save(state, beside / STATE)
@@ -35,13 +36,13 @@ def save_checkpoint(folder: Path, step: int, state: State, *, keep: int, also: C
             shutil.rmtree(place)
         beside.replace(place)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise disk_error(error, folder) from error
     except RuntimeError as error:  # torch's file writer reports a full disk this way
-        shutil.rmtree(beside, ignore_errors=True)
         if "write" not in str(error) and "No space" not in str(error):
             raise
         raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     for old in steps_saved(folder)[:-keep]:
         shutil.rmtree(folder / "checkpoints" / f"{old:06d}", ignore_errors=True)
     return place
