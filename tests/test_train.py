@@ -133,14 +133,16 @@ def test_adalora_tells_its_ranks_and_they_sum_to_the_budget(
 
 def test_stop_keeps_an_adapter_and_pause_a_place(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     config = config_for(models["sd1"], pictures, "training.steps=6")
-    answers = iter(["", "", "pause"])
-    events = run(config, tmp_path / "a", stop=lambda: next(answers))
+    events: list[Event] = []
+    for event in train(config, folder=tmp_path / "a", stop=lambda: "pause" if len(of(Step, events)) == 2 else ""):
+        events.append(event)
     assert isinstance(events[-1], Paused) and events[-1].step == 2
     assert not (tmp_path / "a" / "adapter.safetensors").exists()
     events = run(config, tmp_path / "a", resume=True)
     assert of(Step, events)[0].step == 3 and isinstance(events[-1], Finished)
-    answers = iter([False, True])
-    events = run(config, tmp_path / "b", stop=lambda: next(answers))
+    events = []
+    for event in train(config, folder=tmp_path / "b", stop=lambda: len(of(Step, events)) == 1):
+        events.append(event)
     assert isinstance(events[-1], Stopped) and (tmp_path / "b" / "adapter.safetensors").is_file()
 
 
@@ -228,8 +230,10 @@ def test_only_the_last_checkpoints_stay(models: dict[str, Path], pictures: Path,
 
 def test_a_resume_with_other_pictures_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     pictures = save_pictures(tmp_path / "pictures")
-    config = config_for(models["sd1"], pictures)
-    run(config, tmp_path / "run")
+    config = config_for(models["sd1"], pictures, "training.steps=6")
+    events: list[Event] = []
+    for event in train(config, folder=tmp_path / "run", stop=lambda: "pause" if of(Step, events) else ""):
+        events.append(event)
     (pictures / "1.png").unlink()
     with pytest.raises(UserError, match=r"1\.png"):
         run(config, tmp_path / "run", resume=True)
