@@ -21,7 +21,7 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    failed = False
+    failed, steps = False, 0
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Loading", total=None, note="")
         for event in events:
@@ -33,9 +33,11 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
                         f"{event.method}: {event.sites} layers, {event.parameters:,} parameters, "
                         f"{event.pictures} pictures, {event.precision} on {event.device}."
                     )
-                    progress.update(task, description="Training", completed=event.first_step - 1, total=event.steps)
+                    steps = event.steps
+                    progress.update(task, description="Training", completed=event.first_step - 1, total=steps)
                 case e.Step():
-                    progress.update(task, completed=event.step, note=f"loss {event.loss:.4f}")
+                    note = f"loss {event.loss:.4f}"
+                    progress.update(task, description="Training", completed=event.step, total=steps, note=note)
             failed = isinstance(event, e.Failed)
             for line in _lines(event, folder):
                 console.print(line, markup=False)
