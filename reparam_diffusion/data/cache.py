@@ -5,10 +5,7 @@ One safetensors file an entry, written beside and moved into place: several proc
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from torch import Tensor
 from reparam_diffusion.data.buckets import crop_box, fit
 from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.data.images import open_again
+from reparam_diffusion.files import beside
 
 Tensors = dict[str, Tensor]
 
@@ -113,7 +111,8 @@ class TensorStore:
 
     def _write(self, file: Path, tensors: Tensors) -> None:
         try:
-            _write_beside(file, save(tensors))
+            with beside(file) as hidden:
+                hidden.write_bytes(save(tensors))
         except OSError as error:  # a cache may be lost: the run goes on and says so
             self.trouble = f"The cache in {file.parent} cannot be written: {error.strerror}."
 
@@ -128,17 +127,3 @@ def _read(file: Path) -> Tensors | None:
         return load(file.read_bytes())
     except (OSError, SafetensorError, ValueError, KeyError):
         return None
-
-
-def _write_beside(file: Path, content: bytes) -> None:
-    """Write next to the place, then move there, so that no reader ever sees half a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        os.replace(name, file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -23,7 +23,7 @@ from reparam_diffusion.adapters.lokr import Lokr
 from reparam_diffusion.adapters.lora import Lora
 from reparam_diffusion.adapters.oft import Oft
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.formats.files import write_whole
+from reparam_diffusion.files import write_whole
 from reparam_diffusion.formats.load import FOLDERS
 from reparam_diffusion.formats.names import Parts
 from reparam_diffusion.formats.peft_shapes import common_block_size, common_factor

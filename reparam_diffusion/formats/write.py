@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.formats.files import write_whole
+from reparam_diffusion.files import write_whole
 from reparam_diffusion.formats.header import family_keys, hashes
 from reparam_diffusion.formats.names import Family, Parts, kohya_key, layout_of
 from reparam_diffusion.formats.read import PADDING

@@ -11,6 +11,7 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import beside
 
 
 def save_pictures(
@@ -34,11 +35,9 @@ def save_pictures(
     for n, (target, picture) in enumerate(zip(targets, pictures, strict=True)):
         note = PngInfo()
         note.add_text("parameters", parameters_text(prompt, seed=seed + n, size=picture.size, facts=facts))
-        beside = target.with_name(f".{target.name}.part")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(beside, "PNG", pnginfo=note)
-            beside.replace(target)
+            with beside(target) as hidden:
+                picture.save(hidden, "PNG", pnginfo=note)
         except OSError as error:
             raise UserError(f"{target} cannot be written.", str(error.strerror), "Choose another place.") from error
     return targets

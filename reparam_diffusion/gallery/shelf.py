@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import write_whole
 
 NO_FACTS: dict[str, object] = {
     "activation text": "",
@@ -65,7 +66,7 @@ def add(
     shelf = shelf_of(workspace)
     shelf.mkdir(parents=True, exist_ok=True)
     slug = make_slug(name)
-    beside = _beside(shelf / f"{slug}.safetensors")
+    beside = shelf / f".{slug}.{os.getpid()}.part"
     try:
         shutil.copyfile(file, beside)
         target, is_new = _settle_name(beside, slug)
@@ -73,9 +74,9 @@ def add(
         beside.unlink(missing_ok=True)
     if is_new:
         if thumbnail is not None and thumbnail.is_file():
-            write_bytes(target.with_suffix(".png"), thumbnail.read_bytes())
+            write_whole(target.with_suffix(".png"), thumbnail.read_bytes())
         notes = {"name": name or slug} | NO_FACTS | dict(facts or {})
-        write_bytes(target.with_suffix(".json"), json.dumps(notes, ensure_ascii=False, indent=2).encode())
+        write_whole(target.with_suffix(".json"), json.dumps(notes, ensure_ascii=False, indent=2))
     return target
 
 
@@ -96,21 +97,6 @@ def _settle_name(beside: Path, slug: str) -> tuple[Path, bool]:
         except OSError:  # a disk without hard links
             beside.replace(target)
         return target, True
-
-
-def _beside(target: Path) -> Path:
-    """A hidden name in the same folder, for writing before a rename."""
-    return target.with_name(f".{target.name}.{os.getpid()}")
-
-
-def write_bytes(target: Path, content: bytes) -> None:
-    """Write a whole file or nothing: beside it, then in its place."""
-    beside = _beside(target)
-    try:
-        beside.write_bytes(content)
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def list_adapters(workspace: Path) -> list[Shelved]:

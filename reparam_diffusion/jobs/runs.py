@@ -12,7 +12,8 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
-from reparam_diffusion.gallery.shelf import make_slug, write_bytes
+from reparam_diffusion.files import write_whole
+from reparam_diffusion.gallery.shelf import make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 
@@ -49,7 +50,7 @@ def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) 
             break
         except FileExistsError:
             number += 1
-    write_bytes(folder / "config.toml", to_toml(config).encode())
+    write_whole(folder / "config.toml", to_toml(config))
     return folder
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from reparam_diffusion.files import beside
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -70,10 +72,8 @@ def faster_on_cpu(unet: Any) -> torch.dtype:
         return DTYPES[known[key]]
     known[key] = "bf16" if _seconds(unet, torch.bfloat16) < 0.9 * _seconds(unet, torch.float32) else "fp32"
     try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_name(f"{cache.name}.{os.getpid()}")
-        beside.write_text(json.dumps(known, indent=1), encoding="utf-8")
-        beside.replace(cache)
+        with beside(cache) as hidden:
+            hidden.write_text(json.dumps(known, indent=1), encoding="utf-8")
     except OSError:
         pass  # a read-only home costs a measurement each time, nothing else
     return DTYPES[known[key]]

@@ -6,6 +6,7 @@ import torch
 from PIL.PngImagePlugin import PngInfo
 
 from reparam_diffusion.data.dataset import Item
+from reparam_diffusion.files import beside
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.models.sample import draw
 from reparam_diffusion.training.batch import Sample, scaled, size_ids, texts_of
@@ -50,7 +51,6 @@ def _item_loss(setup: Setup, item: Item, number: int) -> float:
 def save_preview(setup: Setup, prompt: str, number: int, step: int) -> tuple[int, str]:
     """Draw a prompt from its fixed seed into samples/; returns the seed and the path relative to the run."""
     model, config, folder = setup.model, setup.config, setup.folder
-    (folder / "samples").mkdir(exist_ok=True)
     seed = config.output.sample_seed + number
     with model.awake():
         image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
@@ -58,6 +58,6 @@ def save_preview(setup: Setup, prompt: str, number: int, step: int) -> tuple[int
     note = PngInfo()
     habits = model.habits
     note.add_text("parameters", f"{prompt}\nSteps: {habits.steps}, CFG scale: {habits.guidance}, Seed: {seed}")
-    image.save(folder / f"{name}.part", "PNG", pnginfo=note)
-    (folder / f"{name}.part").replace(folder / name)
+    with beside(folder / name) as hidden:
+        image.save(hidden, "PNG", pnginfo=note)
     return seed, name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, bu
 from reparam_diffusion.data.images import Picture, find_pictures
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Prepared, Warned
+from reparam_diffusion.files import beside, write_whole
 from reparam_diffusion.models.encode import encode, is_too_long
 from reparam_diffusion.models.habits import unseen_backgrounds
 from reparam_diffusion.models.load import Model
@@ -131,9 +131,7 @@ def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
         for number, picture in enumerate(pictures, 1)
     }
     if not file.is_file():
-        beside = file.with_name(f".{file.name}.{os.getpid()}")
-        beside.write_text(json.dumps(now, indent=1), encoding="utf-8")
-        beside.replace(file)
+        write_whole(file, json.dumps(now, indent=1))
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
@@ -157,7 +155,6 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     steps = prior.steps or model.habits.steps
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    place.mkdir(parents=True, exist_ok=True)
     at_once = 8
     for start in range(0, prior.images, at_once):
         numbers = [
@@ -167,9 +164,8 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
         for prompt in dict.fromkeys(prompts[n % len(prompts)] for n in numbers):
             seeds = [n for n in numbers if prompts[n % len(prompts)] == prompt]
             for n, image in zip(seeds, draw(model, prompt, seeds=seeds, steps=steps), strict=True):
-                beside = place / f".{n:04d}.{os.getpid()}"
-                image.save(beside, "PNG")
-                beside.replace(place / f"{n:04d}.png")
+                with beside(place / f"{n:04d}.png") as hidden:
+                    image.save(hidden, "PNG")
     yield Prepared("class pictures", prior.images, prior.images)
     pictures, _ = find_pictures([place / f"{n:04d}.png" for n in range(prior.images)], least_side=1)
     size = (model.size, model.size)
