@@ -15,11 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from reparam_diffusion import files
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.adalora import Adalora
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.formats import files
 from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import write_adapter
