@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # not an argument in the oldest gradio we take
     from ui.page import build_page
-    from ui.theme import CSS, make_theme
+    from ui.theme import STYLES, make_theme
 
     build_page(options.workspace).launch(
         server_name=options.host,
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         share=options.share,
         auth=auth,
         theme=make_theme(),
-        css_paths=[CSS],
+        css_paths=STYLES,
         max_file_size=LARGEST_FILE,
         footer_links=["settings"],
         enable_monitoring=False,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import gradio as gr
 
-CSS = Path(__file__).resolve().parents[1] / "assets" / "page.css"
+STYLES = sorted((Path(__file__).resolve().parents[1] / "assets" / "css").glob("*.css"))
+"""One file a tab, and page.css for what they share."""
 SANS = ("ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
