@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.formats.identify import count_pictures
 from reparam_diffusion.formats.read import read_adapter
 
 Report = dict[str, Any]
@@ -28,7 +29,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
     unmatched = list(file.unmatched)
     report: Report = {
         "file": path.name,
-        "bytes": _bytes_of(path),
+        "bytes": bytes_of(path),
         "method": file.method,
         "trained_as": trained_as if trained_as != file.method else "",
         "base": file.base,
@@ -39,7 +40,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
         "layers_by_part": dict(Counter(site.partition(".")[0] for site in file.sites)),
         "ranks": file.ranks,
         "steps": metadata.get("ss_steps", ""),
-        "pictures": metadata.get("ss_num_train_images", ""),
+        "pictures": count_pictures(metadata),
         "made_by": metadata.get("modelspec.implementation_version", "") or metadata.get("ss_network_module", ""),
         "metadata": {key: value for key, value in metadata.items() if key != "reparam_config"},
     }
@@ -52,7 +53,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
     return report
 
 
-def _bytes_of(path: Path) -> int:
+def bytes_of(path: Path) -> int:
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 

@@ -1,0 +1,128 @@
+"""The shelf as a list to look through: what each adapter is; searching, filtering and sorting as plain functions."""
+
+from __future__ import annotations
+
+import datetime
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import notes, shelf
+from reparam_diffusion.gallery.index import Header, headers_of
+from reparam_diffusion.gallery.report import bytes_of
+
+Order = Literal["newest", "oldest", "name", "largest"]
+ORDERS: tuple[Order, ...] = get_args(Order)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter in the list. `header` is None while nobody has had the time to read it; `time` is Unix seconds."""
+
+    shelved: shelf.Shelved
+    header: Header | None
+    bytes: int
+    time: float
+
+    @property
+    def stem(self) -> str:
+        """What prompts call it."""
+        return self.shelved.stem
+
+    @property
+    def name(self) -> str:
+        """The name a person gave it."""
+        return self.shelved.name
+
+    @property
+    def trigger(self) -> str:
+        """The words that call it: a person's, else the file's own."""
+        facts = self.shelved.facts
+        if "activation text" in facts:
+            return notes.as_text(facts["activation text"])
+        return self.header.trigger if self.header else ""
+
+    @property
+    def strength(self) -> float:
+        """The strength it is best used at."""
+        return notes.as_number(self.shelved.facts.get("preferred weight")) or 1.0
+
+    @property
+    def tags(self) -> list[str]:
+        """A person's tags."""
+        return notes.split_tags(self.shelved.facts.get("tags"))
+
+    @property
+    def date(self) -> str:
+        """The day its file was made, as "2026-11-24"."""
+        return f"{datetime.datetime.fromtimestamp(self.time):%Y-%m-%d}"
+
+
+def list_entries(workspace: Path, *, seconds: float | None = None) -> list[Entry]:
+    """Everything on the shelf, the newest first. After `seconds`, headers not read yet are left for later."""
+    folder = shelf.shelf_of(workspace)
+    names = shelf.names_in(folder)
+    found = []
+    for entry in shelf.adapters_in(folder):
+        file, state = Path(entry.path), entry.stat()
+        found.append((file, state.st_size if entry.is_file() else bytes_of(file), state.st_mtime_ns))
+    headers = headers_of(((file.name, size, age) for file, size, age in found), folder, workspace, seconds=seconds)
+    entries = [
+        Entry(shelf.shelved_at(file, names), headers.get(file.name), size, age / 1e9) for file, size, age in found
+    ]
+    return sort(entries, "newest")
+
+
+def sort(entries: Iterable[Entry], by: str) -> list[Entry]:
+    """The entries in another order. Raises UserError for an order that there is not."""
+    match by:
+        case "newest":
+            return sorted(entries, key=lambda entry: (-entry.time, entry.stem))
+        case "oldest":
+            return sorted(entries, key=lambda entry: (entry.time, entry.stem))
+        case "name":
+            return sorted(entries, key=lambda entry: (_folded(entry.name), entry.stem))
+        case "largest":
+            return sorted(entries, key=lambda entry: (-entry.bytes, entry.stem))
+    raise UserError(f'The gallery cannot be sorted by "{by}".', do=f"Choose one of {', '.join(ORDERS)}.")
+
+
+def search(entries: Iterable[Entry], query: str) -> list[Entry]:
+    """The entries that have every word of the query in their name, trigger, tags, notes, method or base model."""
+    words = _folded(query).split()
+    return [entry for entry in entries if all(word in _searched(entry) for word in words)]
+
+
+def _searched(entry: Entry) -> str:
+    facts, header = entry.shelved.facts, entry.header or Header()
+    texts = (notes.as_text(facts.get(key)) for key in ("notes", "description"))
+    parts = (entry.name, entry.stem, entry.trigger, *entry.tags, header.method, header.base, header.base_model, *texts)
+    return _folded("\n".join(parts))
+
+
+def _folded(text: str) -> str:
+    """Text for comparing: without case, and in one spelling of each letter."""
+    return unicodedata.normalize("NFKC", text).casefold()
+
+
+def keep(entries: Iterable[Entry], *, base: str = "", method: str = "") -> list[Entry]:
+    """The entries of one base model's family and one method; "" is any."""
+    return [
+        entry
+        for entry in entries
+        if (not base or (entry.header and entry.header.base == base))
+        and (not method or (entry.header and entry.header.method == method))
+    ]
+
+
+def found_bases(entries: Sequence[Entry]) -> list[str]:
+    """The families that occur, for a choice."""
+    return sorted({entry.header.base for entry in entries if entry.header and not entry.header.problem})
+
+
+def found_methods(entries: Sequence[Entry]) -> list[str]:
+    """The methods that occur, for a choice."""
+    return sorted({entry.header.method for entry in entries if entry.header and not entry.header.problem})
