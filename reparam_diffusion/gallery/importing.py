@@ -61,7 +61,7 @@ def import_files(files: Sequence[Path], workspace: Path) -> list[Imported]:
             except UserError as error:
                 told.append(Imported(file.name, why=_told(error)))
                 continue
-            told += _import_tree(folder, file, workspace)
+            told += _import_tree(folder, file, workspace) or [Imported(file.name, why="There is no adapter in it.")]
         pair = [file for file in loose if file.name in (WEIGHTS, shelf.PEFT_CONFIG)]
         if {file.name for file in pair} == {WEIGHTS, shelf.PEFT_CONFIG} and len(pair) == 2:
             loose = [file for file in loose if file not in pair]
@@ -110,7 +110,7 @@ def _import_tree(folder: Path, archive: Path, workspace: Path) -> list[Imported]
         for file in sorted(folder.rglob("*"))
         if file.is_file() and not any(one in file.parents for one in peft) and not _is_litter(file, folder)
     ]
-    return told + (_import_loose(loose, workspace) if loose or not peft else [])
+    return told + _import_loose(loose, workspace)
 
 
 def _is_litter(file: Path, folder: Path) -> bool:
