@@ -67,7 +67,7 @@ def build_run_view(workspace: Path) -> RunView:
             pairs = gr.HTML("", elem_id="pairs", padding=False)
         with gr.Column(scale=2, min_width=300, elem_classes="card"):
             gr.HTML("<h2>Loss</h2>", padding=False)
-            loss = gr.HTML("", elem_id="loss", padding=False)
+            loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
     log = gr.HTML("", elem_id="log", padding=False)
     view = RunView(
         choice, progress, stop, pause, resume, result, pairs, loss, log, gr.Timer(OFTEN), gr.State({})

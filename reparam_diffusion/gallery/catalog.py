@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import datetime
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import notes, shelf
 from reparam_diffusion.gallery.index import Header, headers_of
-from reparam_diffusion.gallery.report import bytes_of
+from reparam_diffusion.gallery.report import STARTER, bytes_of
 
 Order = Literal["newest", "oldest", "name", "largest"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -36,6 +36,18 @@ class Entry:
     def name(self) -> str:
         """The name a person gave it."""
         return self.shelved.name
+
+    @property
+    def base(self) -> str:
+        """What it was made for: "starter", "sd1", "sd2", "sdxl" or "unknown"."""
+        if self.header is None:
+            return "unknown"
+        return "starter" if self.header.base_model == STARTER else self.header.base
+
+    @property
+    def method(self) -> str:
+        """How it was made; empty where that cannot be told."""
+        return self.header.method if self.header else ""
 
     @property
     def trigger(self) -> str:
@@ -99,7 +111,7 @@ def search(entries: Iterable[Entry], query: str) -> list[Entry]:
 def _searched(entry: Entry) -> str:
     facts, header = entry.shelved.facts, entry.header or Header()
     texts = (notes.as_text(facts.get(key)) for key in ("notes", "description"))
-    parts = (entry.name, entry.stem, entry.trigger, *entry.tags, header.method, header.base, header.base_model, *texts)
+    parts = (entry.name, entry.stem, entry.trigger, *entry.tags, entry.method, entry.base, header.base_model, *texts)
     return _folded("\n".join(parts))
 
 
@@ -109,20 +121,32 @@ def _folded(text: str) -> str:
 
 
 def keep(entries: Iterable[Entry], *, base: str = "", method: str = "") -> list[Entry]:
-    """The entries of one base model's family and one method; "" is any."""
-    return [
-        entry
-        for entry in entries
-        if (not base or (entry.header and entry.header.base == base))
-        and (not method or (entry.header and entry.header.method == method))
-    ]
+    """The entries for one base model and of one method; "" is any."""
+    return [entry for entry in entries if base in ("", entry.base) and method in ("", entry.method)]
 
 
-def found_bases(entries: Sequence[Entry]) -> list[str]:
-    """The families that occur, for a choice."""
-    return sorted({entry.header.base for entry in entries if entry.header and not entry.header.problem})
+def found_bases(entries: Iterable[Entry]) -> list[str]:
+    """The base models that occur, for a choice."""
+    return sorted({entry.base for entry in entries})
 
 
-def found_methods(entries: Sequence[Entry]) -> list[str]:
+def found_methods(entries: Iterable[Entry]) -> list[str]:
     """The methods that occur, for a choice."""
-    return sorted({entry.header.method for entry in entries if entry.header and not entry.header.problem})
+    return sorted({entry.method for entry in entries} - {""})
+
+
+def row_of(entry: Entry) -> dict[str, object]:
+    """An entry as plain values, for other programs."""
+    header = asdict(entry.header) if entry.header else {}
+    own: dict[str, object] = {
+        "stem": entry.stem,
+        "name": entry.name,
+        "file": entry.shelved.file.name,
+        "bytes": entry.bytes,
+        "date": entry.date,
+        "trigger": entry.trigger,
+        "strength": entry.strength,
+        "tags": entry.tags,
+        "base": entry.base,
+    }
+    return header | own

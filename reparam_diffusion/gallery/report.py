@@ -6,18 +6,32 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.adapters.base import METHODS
 from reparam_diffusion.formats.identify import count_pictures
 from reparam_diffusion.formats.read import read_adapter
 
 Report = dict[str, Any]
 """Plain values for JSON."""
 
-_BASES = {
+BASES = {
+    "starter": "Starter model",
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "Stable Diffusion XL",
     "unknown": "not said",
 }
+"""Families of base models and their names for people."""
+FOREIGN = {
+    "full": "Full difference",
+    "norm": "Norm layers",
+    "boft": "BOFT",
+    "ia3": "(IA)³",
+    "glora": "GLoRA",
+    "mixed": "Several methods",
+}
+"""Methods that we read but do not train."""
+STARTER = "starter-model"
+"""What a header calls the bundled model."""
 _MOST_SHOWN = 8
 
 
@@ -58,6 +72,11 @@ def bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def method_title(method: str) -> str:
+    """A method's name for people."""
+    return METHODS[method].title if method in METHODS else FOREIGN.get(method, method)
+
+
 def report_lines(report: Report) -> list[str]:
     """The report as lines of plain text."""
     ranks = Counter(report["ranks"].values())
@@ -66,7 +85,7 @@ def report_lines(report: Report) -> list[str]:
     lines = [
         f"File      {report['file']}  {report['bytes'] / 1e6:.1f} MB",
         f"Method    {report['method']}" + (f"  (trained as {report['trained_as']})" if report["trained_as"] else ""),
-        f"Base      {_BASES.get(report['base'], report['base'])}"
+        f"Base      {BASES.get(report['base'], report['base'])}"
         + (f"  ({report['base_model']})" if report["base_model"] else ""),
         f"Trigger   {report['trigger'] or 'not said'}",
         f"Layers    {report['layers']}: {parts}",
