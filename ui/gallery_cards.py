@@ -79,7 +79,7 @@ def _about(entry: Entry) -> list[str]:
     """A card's small lines."""
     lines = [f"{plain_size(entry.bytes)} · {entry.date}"]
     if entry.trigger:
-        lines.append(f"{entry.trigger} · strength {entry.strength:g}")
+        lines.append(f"{entry.trigger} · strength\N{NO-BREAK SPACE}{entry.strength:g}")
     elif entry.strength != 1:
         lines.append(f"strength {entry.strength:g}")
     return lines

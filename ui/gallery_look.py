@@ -134,8 +134,8 @@ def _shelf_updates(workspace: Path, tab: GalleryTab, values: Values) -> tuple[Up
         tab.more: gr.update(visible=len(first) < len(found)),
         tab.empty: gr.update(visible=False),
         tab.empty_sure: gr.update(visible=False),
-        tab.base: _choice("Any base model", catalog.found_bases(entries), BASES.get, values[tab.base]),
-        tab.method: _choice("Any method", catalog.found_methods(entries), method_title, values[tab.method]),
+        tab.base: _choice(catalog.found_bases(entries), BASES.get, values[tab.base]),
+        tab.method: _choice(catalog.found_methods(entries), method_title, values[tab.method]),
         tab.timer: gr.Timer(SOON if unread else SELDOM),
     }
     return updates, not unread  # the next look reads on
@@ -154,10 +154,10 @@ def _bin_updates(workspace: Path, tab: GalleryTab, values: Values) -> tuple[Upda
     return updates, True
 
 
-def _choice(any_of: str, found: Sequence[str], title: Callable[[str], str | None], chosen: str | None) -> Updates:
+def _choice(found: Sequence[str], title: Callable[[str], str | None], chosen: str | None) -> Updates:
     """A filter's choices. What was chosen stays, so that nothing reappears unasked when the last of it goes."""
     names = dict.fromkeys([*found, *([chosen] if chosen else [])])
-    return gr.update(choices=[(any_of, ""), *((title(name) or name, name) for name in names)], value=chosen or "")
+    return gr.update(choices=[("Any", ""), *((title(name) or name, name) for name in names)], value=chosen or "")
 
 
 # --- the chosen one --------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def _details(workspace: Path, tab: GalleryTab, values: Values) -> Part:
 
 
 def _shelf_details(workspace: Path, tab: GalleryTab, values: Values, file: Path) -> Updates:
-    entry = next(one for one in catalog.list_entries(workspace, seconds=READING) if one.shelved.file == file)
+    entry = catalog.entry_at(file, workspace)
     try:
         report = report_of(file)
     except UserError:  # the entry says why

@@ -12,10 +12,13 @@ from reparam_diffusion.gallery import shelf, waste
 from reparam_diffusion.gallery.importing import import_files
 from ui import gallery_cards as draw
 from ui.door import guarded
+from ui.gallery_api import add_gallery_api
 from ui.gallery_look import AT_ONCE, CHOOSE, SOON, GalleryTab, Updates, Values, look
 
 ORDERS = [("Newest first", "newest"), ("Oldest first", "oldest"), ("By name", "name"), ("Largest first", "largest")]
 VIEWS = [("Adapters", "shelf"), ("Bin", "bin")]
+IMPORTS = """<p class="quiet">Adapters from elsewhere: .safetensors files, with the .json and the pictures that belong
+to them, or PEFT folders as .zip. They stay as they are.</p>"""
 PRESS = """element.addEventListener("click", (event) => {
   const card = event.target.closest("[data-key]");
   if (!card) return;
@@ -29,14 +32,16 @@ SHOW_ON_PHONES = """() => {
 
 def build_gallery_tab(workspace: Path) -> GalleryTab:
     """Draw the tab and connect it."""
+    asking = _draw_asking()
     with gr.Row(elem_classes="gallery", equal_height=False):
         with gr.Column(scale=3, min_width=320):
-            left = _draw_list()
+            cards = _draw_cards()
         with gr.Column(scale=2, min_width=300, elem_classes="card", elem_id="chosen"):
-            right = _draw_chosen()
+            chosen = _draw_chosen()
     tab = GalleryTab(
-        **left,
-        **right,
+        **asking,
+        **cards,
+        **chosen,
         selected=gr.State(""),
         limit=gr.State(AT_ONCE),
         shown=gr.State({}),
@@ -45,24 +50,30 @@ def build_gallery_tab(workspace: Path) -> GalleryTab:
     )
     _connect_list(workspace, tab)
     _connect_chosen(workspace, tab)
+    add_gallery_api(workspace)
     return tab
 
 
-def _draw_list() -> dict[str, Any]:
-    """What is looked for, and the cards. Any: gradio's controls of many kinds."""
+def _draw_asking() -> dict[str, Any]:
+    """What is looked for, and the place to drop files. Any: gradio's controls of many kinds."""
     drawn: dict[str, Any] = {}
     with gr.Column(elem_classes="card finder"):
         with gr.Row(elem_classes="asking"):
-            drawn["search"] = gr.Textbox(
-                label="Search", placeholder="name, trigger, tag …", max_lines=1, scale=2, min_width=200
-            )
-            drawn["order"] = gr.Dropdown(ORDERS, value="newest", label="Order", min_width=140)
-            drawn["base"] = gr.Dropdown([("Any base model", "")], value="", label="Base model", min_width=150)
-            drawn["method"] = gr.Dropdown([("Any method", "")], value="", label="Method", min_width=140)
+            drawn["search"] = gr.Textbox(label="Search", placeholder="name, trigger, tag …", max_lines=1, min_width=120)
+            drawn["base"] = gr.Dropdown([("Any", "")], value="", label="Base model", min_width=120)
+            drawn["method"] = gr.Dropdown([("Any", "")], value="", label="Method", min_width=120)
+            drawn["order"] = gr.Dropdown(ORDERS, value="newest", label="Order", min_width=120)
         drawn["files"] = gr.File(
-            file_count="multiple", label="Import adapters", show_label=False, height=84, elem_id="shelf-drop"
+            file_count="multiple", label="Import adapters", show_label=False, height=60, elem_id="shelf-drop"
         )
+        gr.HTML(IMPORTS, padding=False)
         drawn["imported"] = gr.HTML("", elem_id="imported", padding=False)
+    return drawn
+
+
+def _draw_cards() -> dict[str, Any]:
+    """The shelf or the bin. Any: gradio's controls of many kinds."""
+    drawn: dict[str, Any] = {}
     with gr.Row(elem_classes="shelf-head"):
         drawn["view"] = gr.Radio(VIEWS, value="shelf", show_label=False, label="Show", elem_id="shelf-view")
         drawn["count"] = gr.HTML("", elem_id="shelf-count", padding=False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import datetime
 import unicodedata
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import notes, shelf
-from reparam_diffusion.gallery.index import Header, headers_of
+from reparam_diffusion.gallery.index import Header, Key, header_of, headers_of
 from reparam_diffusion.gallery.report import STARTER, bytes_of
 
 Order = Literal["newest", "oldest", "name", "largest"]
@@ -77,15 +78,32 @@ def list_entries(workspace: Path, *, seconds: float | None = None) -> list[Entry
     """Everything on the shelf, the newest first. After `seconds`, headers not read yet are left for later."""
     folder = shelf.shelf_of(workspace)
     names = shelf.names_in(folder)
-    found = []
-    for entry in shelf.adapters_in(folder):
-        file, state = Path(entry.path), entry.stat()
-        found.append((file, state.st_size if entry.is_file() else bytes_of(file), state.st_mtime_ns))
-    headers = headers_of(((file.name, size, age) for file, size, age in found), folder, workspace, seconds=seconds)
-    entries = [
-        Entry(shelf.shelved_at(file, names), headers.get(file.name), size, age / 1e9) for file, size, age in found
-    ]
+    keys = {}
+    for file in shelf.adapters_in(folder):
+        with suppress(FileNotFoundError):  # deleted at this very moment
+            keys[file] = key_of(file)
+    headers = headers_of(keys.values(), folder, workspace, seconds=seconds)
+    entries = [_entry(shelf.shelved_at(file, names), key, headers.get(file.name)) for file, key in keys.items()]
     return sort(entries, "newest")
+
+
+def entry_at(file: Path, workspace: Path) -> Entry:
+    """One adapter on the shelf. Raises UserError when it is gone."""
+    try:
+        key = key_of(file)
+    except FileNotFoundError:
+        raise shelf.gone(shelf.stem_of(file)) from None
+    return _entry(shelf.shelved_at(file), key, header_of(key, file.parent, workspace))
+
+
+def key_of(file: Path) -> Key:
+    """What an adapter is known by in the index."""
+    state = file.stat()
+    return file.name, bytes_of(file) if file.is_dir() else state.st_size, state.st_mtime_ns
+
+
+def _entry(shelved: shelf.Shelved, key: Key, header: Header | None) -> Entry:
+    return Entry(shelved, header, key[1], key[2] / 1e9)
 
 
 def sort(entries: Iterable[Entry], by: str) -> list[Entry]:

@@ -67,6 +67,15 @@ def headers_of(
     return found
 
 
+def header_of(key: Key, folder: Path, workspace: Path) -> Header:
+    """One file's header."""
+    with _opened(index_of(workspace)) as (cache, known):
+        if key not in known:
+            known[key] = read_header(folder / key[0])
+            _keep(cache, {key: known[key]})
+        return known[key]
+
+
 def read_header(file: Path) -> Header:
     """A file's header, read from the file."""
     try:

@@ -12,7 +12,7 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -166,10 +166,12 @@ def is_same(one: Path, other: Path) -> bool:
 # --- what lies on it -------------------------------------------------------------------------------------------------
 def list_adapters(workspace: Path) -> list[Shelved]:
     """Everything on the shelf, the newest first."""
-    found = [(entry.stat().st_mtime_ns, entry) for entry in adapters_in(shelf_of(workspace))]
-    found.sort(key=lambda pair: (-pair[0], pair[1].name))
     names = names_in(shelf_of(workspace))
-    return [shelved_at(Path(entry.path), names) for _, entry in found]
+    found = []
+    for file in adapters_in(shelf_of(workspace)):
+        with suppress(FileNotFoundError):  # deleted at this very moment
+            found.append((-file.stat().st_mtime_ns, file.name, file))
+    return [shelved_at(file, names) for _, _, file in sorted(found)]
 
 
 def names_in(folder: Path) -> frozenset[str]:
@@ -177,13 +179,17 @@ def names_in(folder: Path) -> frozenset[str]:
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
 
 
-def adapters_in(folder: Path) -> list[os.DirEntry[str]]:
-    """The adapters among a folder's entries: .safetensors files and PEFT folders."""
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapters in a folder: .safetensors files and PEFT folders."""
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
         shown = [entry for entry in entries if not entry.name.startswith(".")]
-    return [entry for entry in shown if entry.name.endswith(ENDING) or (entry.is_dir() and is_peft(Path(entry.path)))]
+    return [
+        folder / entry.name
+        for entry in shown
+        if entry.name.endswith(ENDING) or (entry.is_dir() and is_peft(folder / entry.name))
+    ]
 
 
 def is_peft(folder: Path) -> bool:
@@ -205,10 +211,15 @@ def shelved_at(file: Path, names: frozenset[str] | None = None) -> Shelved:
 
 def at(stem: str, workspace: Path) -> Path:
     """The adapter of exactly this stem. Raises UserError when it is not, or no longer, on the shelf."""
-    for entry in adapters_in(shelf_of(workspace)):
-        if stem_of(Path(entry.name)) == stem:
-            return Path(entry.path)
-    raise UserError(f'There is no adapter "{stem}" on the shelf.', "It may have been moved to the bin meanwhile.")
+    for file in adapters_in(shelf_of(workspace)):
+        if stem_of(file) == stem:
+            return file
+    raise gone(stem)
+
+
+def gone(stem: str) -> UserError:
+    """What to tell when an adapter is not there."""
+    return UserError(f'There is no adapter "{stem}" on the shelf.', "It may have been moved to the bin meanwhile.")
 
 
 def edit(stem: str, workspace: Path, changes: Mapping[str, object]) -> Shelved:

@@ -70,8 +70,8 @@ def list_bin(workspace: Path) -> list[Binned]:
     found = []
     for key in sorted(shelf.names_in(bin_of(workspace)), reverse=True):
         if re.match(r"\d{8}-\d{6}-", key):
-            for entry in shelf.adapters_in(bin_of(workspace) / key)[:1]:
-                found.append(Binned(key, shelf.shelved_at(Path(entry.path))))
+            inside = shelf.adapters_in(bin_of(workspace) / key)
+            found += [Binned(key, shelf.shelved_at(file)) for file in inside[:1]]
     return found
 
 
