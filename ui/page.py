@@ -11,6 +11,7 @@ import gradio as gr
 from reparam_diffusion.jobs import drafts, queue
 from ui import run_view, train_tab
 from ui.door import QUIET, guarded, open_log
+from ui.gallery_tab import build_gallery_tab
 from ui.run_view import RunView, build_run_view
 from ui.runs_api import add_runs_api
 from ui.settings_tab import build_settings_tab
@@ -33,6 +34,8 @@ def build_page(workspace: Path) -> gr.Blocks:
                 train = build_train_tab(workspace)
             with gr.Tab("Runs", id="runs"):
                 view = build_run_view(workspace)
+            with gr.Tab("Gallery", id="gallery"):
+                build_gallery_tab(workspace)
             with gr.Tab("Settings", id="settings"):
                 build_settings_tab(workspace)
         add_runs_api(workspace, view.overview)

@@ -78,7 +78,7 @@ def build_run_view(workspace: Path) -> RunView:
                 pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB)
             with gr.Column(elem_classes="card"):
                 gr.HTML("<h2>Loss</h2>", padding=False)
-                loss = gr.HTML("", elem_id="loss", padding=False)
+                loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
             details = gr.HTML("", elem_id="details", padding=False)
     view = RunView(
         Overview(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
