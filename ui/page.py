@@ -10,6 +10,7 @@ import gradio as gr
 
 from ui import run_view
 from ui.door import guarded, open_log
+from ui.generate_tab import build_generate_tab
 from ui.run_view import RunView, build_run_view
 from ui.train_tab import build_train_tab, start_run
 
@@ -28,6 +29,8 @@ def build_page(workspace: Path) -> gr.Blocks:
                 train = build_train_tab(workspace)
             with gr.Tab("Runs", id="runs"):
                 view = build_run_view(workspace)
+            with gr.Tab("Generate", id="generate"):
+                build_generate_tab(workspace)
 
         def start(values: Mapping[gr.components.Component, Any]) -> dict[Any, Any]:  # Any: gradio's updates
             run = start_run(workspace, values[train.chosen], train.form.read(values))

@@ -1,7 +1,7 @@
 """The studio's requests: folders under studio/requests/ that ask for pictures, and tell what became of them.
 
     <time>/  request.json   what to draw      events.jsonl  what happened      ask/  "cancel", "ahead"
-             looks/         early looks       todo          until it has ended
+             looks/         early looks       todo          there until it has ended
 
 Whoever asks writes a folder and looks at it; jobs.studio_worker, one process a workspace, draws.
 """
@@ -195,7 +195,7 @@ def state_of(folder: Path) -> RequestState:
         return replace(state, state="cancelled")
     if not held and not any(isinstance(event, e.Launched) and _lives(event) for event in events):
         return replace(state, state="lost", message="The studio ended without a word. Draw again to start it anew.")
-    looks = {int(file.stem): file for file in (folder / "looks").glob("*.png") if file.stem.isdecimal()}
+    looks = {int(file.stem): file for file in (folder / "looks").glob("*.webp") if file.stem.isdecimal()}
     return replace(state, looks={number: file for number, file in looks.items() if number not in state.pictures})
 
 

@@ -132,7 +132,7 @@ def short_name(adapter: str) -> str:
     """An adapter's name for a label: a checkpoint by its run's words and its step."""
     words = adapter.split("/")
     if words[0] == "runs" and len(words) >= 4:
-        return f"{'-'.join(words[1].split('-')[2:]) or words[1]}, step {words[3]}"
+        return f"{'-'.join(words[1].split('-')[2:]) or words[1]}, step {words[3].lstrip('0')}"
     return adapter
 
 

@@ -6,10 +6,10 @@ draws, and after each picture lets a waiting run have it.
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -110,7 +110,6 @@ def draw_request(folder: Path, kept: Studio) -> Iterator[bool]:
         except Exception as error:  # The worker's door, for a request: the studio goes on with the next one.
             log.append(_explained(error, kept))
         finally:
-            shutil.rmtree(folder / "looks", ignore_errors=True)
             (folder / "todo").unlink(missing_ok=True)
 
 
@@ -192,8 +191,8 @@ def _next_pictures(
 
     def on_look(number: int, early: Sequence[Image]) -> None:
         for n, picture in enumerate(early, first + number):
-            with beside(looks / f"{n}.png") as hidden:
-                picture.save(hidden, "PNG")
+            with beside(looks / f"{n}.webp") as hidden:
+                picture.save(hidden, "WEBP", quality=85)
 
     pictures = draw(
         model,
@@ -283,8 +282,10 @@ def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str
         if not got_on:
             kept.make_room()
             time.sleep(LOOK_AGAIN)
-        if time.monotonic() - last > idle:
+        if not jobs and time.monotonic() - last > idle:
             return
+    for job in jobs.values():
+        deque(job, maxlen=0)  # each sees that it is over, and says so
 
 
 def _give_up_lost(workspace: Path) -> None:
