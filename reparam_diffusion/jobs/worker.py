@@ -195,7 +195,7 @@ def launch(folder: Path, *, resume: bool = False) -> int:
     """
     folder = folder.resolve()
     runs.read_config(folder)
-    if runs.state_of(folder).is_live:
+    if runs.has_worker(folder):
         raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
     runs.clear_requests(folder)
     command = [sys.executable, "-m", MODULE, str(folder)] + (["--resume"] if resume else [])
