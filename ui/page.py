@@ -11,7 +11,8 @@ import gradio as gr
 from reparam_diffusion.jobs import drafts, queue
 from ui import run_view, train_tab
 from ui.door import QUIET, guarded, open_log
-from ui.gallery_tab import build_gallery_tab
+from ui.gallery_tab import GalleryTab, build_gallery_tab
+from ui.generate_tab import GenerateTab, build_generate_tab, open_with
 from ui.run_view import RunView, build_run_view
 from ui.runs_api import add_runs_api
 from ui.settings_tab import build_settings_tab
@@ -34,13 +35,16 @@ def build_page(workspace: Path) -> gr.Blocks:
                 train = build_train_tab(workspace)
             with gr.Tab("Runs", id="runs"):
                 view = build_run_view(workspace)
+            with gr.Tab("Generate", id="generate"):
+                generate = build_generate_tab(workspace)
             with gr.Tab("Gallery", id="gallery"):
-                build_gallery_tab(workspace)
+                gallery = build_gallery_tab(workspace)
             with gr.Tab("Settings", id="settings"):
                 build_settings_tab(workspace)
         add_runs_api(workspace, view.overview)
         _connect_start(workspace, tabs, train, view)
         _connect_opening(workspace, page, tabs, train, view)
+        _connect_trying(workspace, tabs, view, gallery, generate)
     page.queue(default_concurrency_limit=8)
     return page
 
@@ -63,6 +67,21 @@ def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunVie
         return {tabs: gr.Tabs(selected="train"), **train_tab.train_again(workspace, train, run)}
 
     view.again.click(guarded(again, workspace), view.choice, [tabs, *train.changing()], **QUIET)
+
+
+def _connect_trying(workspace: Path, tabs: gr.Tabs, view: RunView, gallery: GalleryTab, generate: GenerateTab) -> None:
+    """ "Try it" opens Generate with the adapter and a prompt that calls it."""
+
+    def try_run(name: str | None) -> dict[Any, Any]:  # Any: as above
+        stem, prompt = run_view.adapter_of(view, name)
+        return {tabs: gr.Tabs(selected="generate"), **open_with(generate, [stem], prompt)}
+
+    def try_adapter(stem: str) -> dict[Any, Any]:  # Any: as above
+        return {tabs: gr.Tabs(selected="generate"), **open_with(generate, [stem])}
+
+    outputs = [tabs, *generate.changing()]
+    view.try_it.click(guarded(try_run, workspace), view.choice, outputs, **QUIET)
+    gallery.try_it.click(guarded(try_adapter, workspace), gallery.selected, outputs, **QUIET)
 
 
 def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: TrainTab, view: RunView) -> None:

@@ -15,7 +15,7 @@ import gradio as gr
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
-from reparam_diffusion.jobs.overview import Overview
+from reparam_diffusion.jobs.overview import Overview, overview_of
 from ui import run_fragments as pieces
 from ui.door import QUIET, guarded
 from ui.plot import loss_plot
@@ -81,7 +81,7 @@ def build_run_view(workspace: Path) -> RunView:
                 loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
             details = gr.HTML("", elem_id="details", padding=False)
     view = RunView(
-        Overview(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
+        overview_of(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
         pairs, loss, details, gr.Timer(OFTEN), gr.State({}),
     )  # fmt: skip
     _connect(workspace, view)
