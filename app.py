@@ -10,7 +10,7 @@ from pathlib import Path
 
 from reparam_diffusion.errors import UserError
 
-LARGEST_FILE = "100mb"
+LARGEST_FILE = "4gb"  # an SDXL adapter dropped into the gallery; pictures have a limit of their own
 SPACE_HOST = "0.0.0.0"  # a Space's container is reached from outside through Hugging Face alone
 
 
