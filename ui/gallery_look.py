@@ -15,8 +15,8 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import catalog, notes, shelf, waste
 from reparam_diffusion.gallery.of_run import RUN
 from reparam_diffusion.gallery.report import BASES, method_title, report_of
+from reparam_diffusion.jobs.overview import overview_of
 from ui import gallery_cards as draw
-from ui import run_view
 from ui.plot import loss_plot
 
 AT_ONCE = 60  # cards
@@ -227,7 +227,7 @@ def _loss_of(workspace: Path, shelved: shelf.Shelved) -> str:
     if not isinstance(run, str):
         return ""
     try:
-        state = run_view.state_of(run_view.run_called(workspace, run))
+        state = overview_of(workspace).state_of(overview_of(workspace).find(run))
     except UserError:
         return ""
     return f'<h3>Loss</h3><div class="loss">{loss_plot(state)}</div>'
