@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_browser import Served, open_browser, serve_page
+from page_browser import Served, open_browser, open_pages, serve_page
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 from test_gallery_index import put
 
 pytestmark = pytest.mark.page
@@ -43,32 +43,22 @@ def served(one_page: Served) -> Served:
 
 @pytest.fixture
 def page(browser: Browser, served: Served) -> Iterator[Page]:
-    """A wide window; what goes wrong in the browser fails the test."""
-    yield from opened(browser, served, 1280, 800)
+    """A wide window; an error in its console fails the test."""
+    with open_pages(browser, served) as opened:
+        yield gallery_of(opened())
 
 
 @pytest.fixture
 def phone(browser: Browser, served: Served) -> Iterator[Page]:
     """A narrow window, dark."""
-    yield from opened(browser, served, 390, 844, colours="dark")
+    with open_pages(browser, served) as opened:
+        yield gallery_of(opened(width=390, height=844, scheme="dark"))
 
 
-def opened(browser: Browser, served: Served, width: int, height: int, *, colours: str = "light") -> Iterator[Page]:
-    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=colours)
-    wrong: list[str] = []
-
-    def hear(message: ConsoleMessage) -> None:
-        if message.type == "error":
-            wrong.append(message.text)
-
-    page.on("console", hear)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on("dialog", lambda dialog: wrong.append(dialog.message))
-    page.goto(served.address)
+def gallery_of(page: Page) -> Page:
     page.get_by_role("tab", name="Gallery").click()
-    yield page
-    page.close()
-    assert wrong == []
+    expect(page.get_by_label("Search", exact=True)).to_be_visible(timeout=SLOW)
+    return page
 
 
 def card(page: Page, name: str) -> Locator:
@@ -213,7 +203,7 @@ def test_nothing_is_cut_off_on_a_phone_and_what_is_chosen_comes_into_view(phone:
     expect(phone.get_by_label("Notes")).to_be_visible()
     assert phone.evaluate("document.documentElement.scrollWidth") <= 390
     cut = phone.evaluate(
-        """() => [...document.querySelectorAll("#shelf span, #chosen dd, #chosen h2, #chosen button, label, p")]
+        """() => [...document.querySelectorAll("#shelf span, #chosen dd, #chosen h2, #chosen button span:not(.icon), label, p")]
             .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
             .map(e => e.outerHTML.slice(0, 200))"""
     )

@@ -11,7 +11,7 @@ import gradio as gr
 from reparam_diffusion.gallery import shelf, waste
 from reparam_diffusion.gallery.importing import import_files
 from ui import gallery_cards as draw
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.gallery_api import add_gallery_api
 from ui.gallery_look import AT_ONCE, CHOOSE, SOON, GalleryTab, Updates, Values, look
 
@@ -114,10 +114,6 @@ def _draw_fields() -> dict[str, gr.components.Component]:
 
 
 # --- what happens when something is pressed --------------------------------------------------------------------------
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""Any: gradio's own arguments."""
-
-
 def _connect_list(workspace: Path, tab: GalleryTab) -> None:
     def see(values: Values) -> Updates:
         return look(workspace, tab, values)

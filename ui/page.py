@@ -92,8 +92,8 @@ def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: Tra
         name = view.overview.newest(wanted)
         updates: dict[Any, Any] = {**run_view.chosen(view, name, {})}
         is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
-        if wanted == name or is_live:
-            updates[tabs] = gr.Tabs(selected="runs" if name else "train")
+        if name is not None and (wanted == name or is_live):
+            updates[tabs] = gr.Tabs(selected="runs")
         return {**updates, **train_tab.restored(workspace, train, kept)}
 
     page.load(guarded(opened, workspace), train.kept, [tabs, *train.changing(), *view.changing()], **QUIET)
