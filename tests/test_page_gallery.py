@@ -45,20 +45,21 @@ def served(one_page: Served) -> Served:
 def page(browser: Browser, served: Served) -> Iterator[Page]:
     """A wide window; an error in its console fails the test."""
     with open_pages(browser, served) as opened:
-        yield gallery_of(opened())
+        page = opened()
+        page.get_by_role("tab", name="Gallery").click()
+        expect(page.get_by_label("Search", exact=True)).to_be_visible(timeout=SLOW)
+        yield page
 
 
 @pytest.fixture
 def phone(browser: Browser, served: Served) -> Iterator[Page]:
     """A narrow window, dark."""
     with open_pages(browser, served) as opened:
-        yield gallery_of(opened(width=390, height=844, scheme="dark"))
-
-
-def gallery_of(page: Page) -> Page:
-    page.get_by_role("tab", name="Gallery").click()
-    expect(page.get_by_label("Search", exact=True)).to_be_visible(timeout=SLOW)
-    return page
+        page = opened(width=390, height=844, scheme="dark")
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown").get_by_text("Gallery").click()
+        expect(page.get_by_label("Search", exact=True)).to_be_visible(timeout=SLOW)
+        yield page
 
 
 def card(page: Page, name: str) -> Locator:
