@@ -17,6 +17,7 @@ from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery import images
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import studio
+from reparam_diffusion.jobs.overview import Overview
 from ui import generate_form as form
 from ui import generate_view
 from ui.generate_form import AdapterRow, Controls, Updates, Values
@@ -30,6 +31,7 @@ class GenerateTab:
     """The controls of the tab. `shown` remembers what the browser has, so that only changes are sent."""
 
     workspace: Path
+    overview: Overview
     controls: Controls
     grid: GridControls
     draw: gr.Button
@@ -51,7 +53,7 @@ class GenerateTab:
 
     def changing(self) -> list[gr.components.Component]:
         """Everything that `open_with` and the handlers may change."""
-        own = [part for name, part in vars(self).items() if name not in ("workspace", "controls", "grid")]
+        own = [part for name, part in vars(self).items() if name not in ("workspace", "overview", "controls", "grid")]
         return [*self.controls.changing(), *own]
 
     def inputs(self) -> set[gr.components.Component]:
@@ -114,6 +116,11 @@ def keep_preferred(file: Path, strength: float) -> None:
     write_whole(notes, json.dumps(known | {"preferred weight": strength}, ensure_ascii=False, indent=2))
 
 
+def holder_of(tab: GenerateTab) -> Path | None:
+    """The run of this workspace that is training now."""
+    return next((folder for folder, state in tab.overview.look() if state.state == "running"), None)
+
+
 def request_called(workspace: Path, name: str | None) -> Path | None:
     """The folder of a request in this workspace."""
     return next((one for one in studio.list_requests(workspace) if one.name == name), None)
@@ -171,7 +178,7 @@ def _drawing_now(tab: GenerateTab, values: Values) -> Sign:
         return {"timer": (SELDOM, lambda: {tab.timer: gr.Timer(SELDOM)})}
     request, state, chosen = studio.read_request(folder), studio.state_of(folder), str(values[tab.chosen] or "")
     is_cancelling = studio.is_asked(folder, "cancel")
-    holder = generate_view.holder_of(tab.workspace) if state.state == "waiting" else None
+    holder = holder_of(tab) if state.state == "waiting" else None
     progress = generate_view.progress_of(request, state, is_cancelling=is_cancelling, holder=holder)
     looks = tuple((number, file.stat().st_mtime_ns) for number, file in state.looks.items())
     pictures = (folder.name, state.is_live, tuple(state.pictures), looks, chosen, state.sheet)

@@ -12,6 +12,7 @@ import gradio as gr
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
 from reparam_diffusion.models.glance import Glance, glance_at
+from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.schedulers import SCHEDULERS
 
 MOST_ADAPTERS = 8
@@ -150,9 +151,8 @@ def adapter_choices(workspace: Path) -> list[tuple[str, str]]:
 
 
 def model_choices(workspace: Path) -> list[tuple[str, str]]:
-    """The starter and the workspace's own models."""
-    own = sorted(p.name.removesuffix(".safetensors") for p in (workspace / "models").glob("*") if p.name[0] != ".")
-    return [("Starter (3D icons)", "starter"), *((name, name) for name in own)]
+    """The starter and the workspace's own models, by the names that the studio and pictures know them by."""
+    return [(one.title, one.path if one.path == "starter" else one.title) for one in known_models(workspace)]
 
 
 def model_path(model: str, workspace: Path) -> str | Path:

@@ -11,7 +11,7 @@ import gradio as gr
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import runs, studio, studio_grid
 from reparam_diffusion.jobs.studio_grid import AXES
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.generate_form import Updates, Values, adapter_choices
 
 
@@ -56,13 +56,12 @@ def _draw_side(label: str, axis: str) -> tuple[gr.Dropdown, gr.Dropdown]:
 
 def connect(grid: GridControls, workspace: Path) -> None:
     """Another axis brings its own values."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # Any: gradio's own arguments
     for axis, values in ((grid.across, grid.across_values), (grid.down, grid.down_values)):
 
         def other(name: str, values: gr.Dropdown = values) -> Updates:
             return {values: values_for(name, workspace)}
 
-        axis.input(guarded(other, workspace), axis, [values], **quiet)
+        axis.input(guarded(other, workspace), axis, [values], **QUIET)
 
 
 def values_for(axis: str, workspace: Path) -> Any:  # Any: gradio's update

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.context import Context
@@ -15,15 +14,17 @@ from gradio.context import Context
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import runs, studio, studio_grid
+from reparam_diffusion.jobs.overview import Overview
 from reparam_diffusion.models.glance import glance_at
 from ui import generate_form as form
 from ui import generate_grid, generate_view
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.generate_acts import (
     SELDOM,
     GenerateTab,
     chosen_adapter,
     drawing_to_open,
+    holder_of,
     keep_preferred,
     look,
     open_with,
@@ -37,7 +38,6 @@ from ui.generate_form import AdapterRow, Controls, Updates, Values
 
 __all__ = ["GenerateTab", "build_generate_tab", "open_with"]
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # Any: gradio's own arguments
 REMEMBER_IN_ADDRESS = """(drawing) => {
   const address = new URL(window.location);
   if (drawing) address.searchParams.set("drawing", drawing);
@@ -86,8 +86,9 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 )
                 about = "Press one, or drop a picture here, to use its settings again."
                 gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
+    controls = Controls(prompt=prompt, rows=rows, add=add, **more)
     tab = GenerateTab(
-        workspace, Controls(prompt=prompt, rows=rows, add=add, **more), grid, draw, sweep, cancel, title, progress,
+        workspace, Overview(workspace), controls, grid, draw, sweep, cancel, title, progress,
         offers, ahead, pause, figures, keep, history, dropped, gr.Textbox(visible="hidden", elem_id="drawing-name"),
         gr.State(""), gr.State({}), gr.Timer(SELDOM),
     )  # fmt: skip
@@ -182,7 +183,7 @@ def _connect_drawing(tab: GenerateTab) -> None:
         return guarded(pressed, workspace)
 
     def pause_run(folder: Path) -> None:
-        holder = generate_view.holder_of(workspace)
+        holder = holder_of(tab)
         if holder is None:
             raise UserError("No run of this workspace is training.", do="Wait, or go ahead.")
         runs.ask(holder, "pause")
