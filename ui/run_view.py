@@ -15,7 +15,7 @@ import gradio as gr
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
-from reparam_diffusion.jobs.overview import Overview
+from reparam_diffusion.jobs.overview import Overview, overview_of
 from ui import run_fragments as pieces
 from ui.door import QUIET, guarded
 from ui.plot import loss_plot
@@ -78,10 +78,10 @@ def build_run_view(workspace: Path) -> RunView:
                 pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB)
             with gr.Column(elem_classes="card"):
                 gr.HTML("<h2>Loss</h2>", padding=False)
-                loss = gr.HTML("", elem_id="loss", padding=False)
+                loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
             details = gr.HTML("", elem_id="details", padding=False)
     view = RunView(
-        Overview(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
+        overview_of(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
         pairs, loss, details, gr.Timer(OFTEN), gr.State({}),
     )  # fmt: skip
     _connect(workspace, view)
@@ -102,7 +102,7 @@ def _connect(workspace: Path, view: RunView) -> None:
     view.timer.tick(guarded(see, workspace), seen, view.changing(), **quiet)
 
     def choose(shown: Mapping[str, Any], event: gr.EventData) -> Updates:
-        return {**look(view, event.run, shown), view.choice: event.run}
+        return chosen(view, event.run, shown)
 
     view.listed.select(guarded(choose, workspace), view.shown, view.changing(), **quiet)
     view.choice.change(None, view.choice, None, js=REMEMBER_IN_ADDRESS)
@@ -128,7 +128,7 @@ def _connect(workspace: Path, view: RunView) -> None:
     def bin_run(name: str | None) -> Updates:
         place = view.overview.bin(view.overview.find(name))
         gr.Info(f"Moved to {place.relative_to(workspace)}. Its adapter in the gallery stays.")
-        return look(view, view.overview.newest(), {})
+        return chosen(view, view.overview.newest(), {})
 
     view.bin.click(guarded(bin_run, workspace), view.choice, view.changing(), **quiet)
 
@@ -169,6 +169,11 @@ def resume_run(folder: Path) -> None:
     queue.submit(folder, resume=runs.state_of(folder).checkpoint is not None)
 
 
+def chosen(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
+    """Another run is shown from now on. (A look never says which: it may be late.)"""
+    return {**look(view, name, shown), view.choice: name}
+
+
 def look(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
     """What has changed since the browser was last told, and nothing else."""
     fresh = _contents(view, name)
@@ -194,7 +199,6 @@ def _contents(view: RunView, name: str | None) -> Contents:
     listing = pieces.list_of(rows, name)
     pace = OFTEN if any(state.is_live for _, state in rows) else SELDOM
     common: Contents = {
-        view.choice: (name, gr.update(value=name if name in known else None)),
         view.listed: (listing, gr.update(value=listing)),
         view.timer: (pace, gr.Timer(pace)),
     }
