@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from typing import Any
 import gradio as gr
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
-from reparam_diffusion.gallery import images
+from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import studio
 from reparam_diffusion.jobs.overview import Overview
@@ -35,7 +33,6 @@ class GenerateTab:
     controls: Controls
     grid: GridControls
     draw: gr.Button
-    sweep: gr.Button
     cancel: gr.Button
     title: gr.HTML
     progress: gr.HTML
@@ -80,6 +77,7 @@ def chosen_adapter(tab: GenerateTab, row: AdapterRow, values: Values, *, is_last
     name = values[row.name] or ""
     updates = form.show_use(row, form.use_of(name, tab.workspace) if name else None, tab.workspace)
     updates[tab.controls.add] = gr.update(visible=bool(name) and not is_last)
+    updates[tab.controls.sweep] = gr.update(visible=any(values[one.name] for one in tab.controls.rows))
     words = form.trigger_of(name, tab.workspace)
     if words and not (values[tab.controls.prompt] or "").strip():
         updates[tab.controls.prompt] = form.suggested_prompt(words, values[tab.controls.model] or "", tab.workspace)
@@ -109,11 +107,9 @@ def restore(tab: GenerateTab, file: Path) -> Updates:
     return form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
 
 
-def keep_preferred(file: Path, strength: float) -> None:
+def keep_preferred(workspace: Path, name: str, strength: float) -> None:
     """Note an adapter's preferred strength beside it."""
-    notes = file.with_suffix(".json")
-    known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-    write_whole(notes, json.dumps(known | {"preferred weight": strength}, ensure_ascii=False, indent=2))
+    shelf.edit(shelf.find(name, workspace).stem, workspace, {"preferred weight": strength})
 
 
 def holder_of(tab: GenerateTab) -> Path | None:

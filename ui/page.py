@@ -88,12 +88,15 @@ def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: Tra
     """A page that opens shows the form as this browser left it, and the run in its address or the live one."""
 
     def opened(kept: Any, request: gr.Request) -> dict[Any, Any]:  # Any: as above, and what a browser stored
-        wanted = dict(request.query_params).get("run")
+        asked = dict(request.query_params)
+        wanted = asked.get("run")
         name = view.overview.newest(wanted)
         updates: dict[Any, Any] = {**run_view.chosen(view, name, {})}
         is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
-        if wanted == name or is_live:
-            updates[tabs] = gr.Tabs(selected="runs" if name else "train")
+        if asked.get("drawing") and not wanted:
+            updates[tabs] = gr.Tabs(selected="generate")
+        elif name is not None and (wanted == name or is_live):
+            updates[tabs] = gr.Tabs(selected="runs")
         return {**updates, **train_tab.restored(workspace, train, kept)}
 
     page.load(guarded(opened, workspace), train.kept, [tabs, *train.changing(), *view.changing()], **QUIET)
