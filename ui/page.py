@@ -11,7 +11,8 @@ import gradio as gr
 from reparam_diffusion.jobs import drafts, queue
 from ui import run_view, train_tab
 from ui.door import QUIET, guarded, open_log
-from ui.gallery_tab import GalleryTab, build_gallery_tab
+from ui.gallery_look import GalleryTab
+from ui.gallery_tab import build_gallery_tab
 from ui.generate_tab import GenerateTab, build_generate_tab, open_with
 from ui.run_view import RunView, build_run_view
 from ui.runs_api import add_runs_api
