@@ -112,6 +112,8 @@ def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: Tra
         is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
         if asked.get("tab") in TABS:
             updates[tabs] = gr.Tabs(selected=asked["tab"])
+        elif asked.get("drawing") and not wanted:
+            updates[tabs] = gr.Tabs(selected="generate")
         elif name and (wanted == name or is_live):
             updates[tabs] = gr.Tabs(selected="runs")
         return {**updates, **train_tab.restored(workspace, train, kept)}
