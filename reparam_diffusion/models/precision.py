@@ -57,10 +57,10 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
 def faster_on_cpu(unet: Any) -> torch.dtype:
     """bf16 where forward and backward through one of this UNet's blocks are clearly faster in it, else fp32.
 
-    Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. Any:
-    diffusers' classes are not imported here.
+    Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. An outline
+    will do. Any: diffusers' classes are not imported here.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
+    cache = cache_file("precision.json")
     widths = unet.config.block_out_channels
     key = f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, widths {widths}"
     known: dict[str, str] = {}
@@ -79,12 +79,20 @@ def faster_on_cpu(unet: Any) -> torch.dtype:
     return DTYPES[known[key]]
 
 
+def cache_file(name: str) -> Path:
+    """A file in the user's cache folder, where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / name
+
+
 def _seconds(unet: Any, dtype: torch.dtype) -> float:
     """The best of four passes forward and back through a copy of the first block with attention, batch 2."""
     blocks = list(unet.down_blocks)
     attentive = [block for block in blocks if getattr(block, "has_cross_attention", False)]
     number = blocks.index(attentive[0]) if attentive else 0
-    block = copy.deepcopy(blocks[number]).to(dtype)
+    block = copy.deepcopy(blocks[number]).to_empty(device="cpu")  # an outline has no numbers; any will do
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.02)
+    block.to(dtype)
     widths = unet.config.block_out_channels
     side = min(max(int(unet.config.sample_size) // 2**number, 8), 32)
     x = torch.randn(2, widths[max(number - 1, 0)], side, side, dtype=dtype, requires_grad=True)
