@@ -35,6 +35,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:  # Any: the values of a subclass's fields, for JSON
         return asdict(self)
 
+    def finished(self) -> Plan:
+        """The plan of what the finished file holds, where that is less than what is trained."""
+        return self
+
 
 class Host:
     """One site's own operation, y = op(x, W) + b, with another weight put in.
