@@ -5,15 +5,11 @@ Keys and values as A1111, SwarmUI and the managers read them; every value is tex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-
-import safetensors.torch
-from torch import Tensor
 
 from reparam_diffusion.formats.names import Family
 
@@ -214,17 +210,3 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
     if facts.finished_at:
         spec["date"] = datetime.fromtimestamp(int(facts.finished_at), UTC).replace(tzinfo=None).isoformat()
     return {f"modelspec.{key}": value for key, value in spec.items() if value}
-
-
-def hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
-    """kohya's two hashes, from the bytes of the file with its ss_ keys only.
-
-    `sshs_model_hash` covers the data alone, so it is the file's whatever the header (A1111, Civitai's AutoV3).
-    """
-    training = {key: value for key, value in header.items() if key.startswith("ss_")}
-    content = safetensors.torch.save(dict(tensors), training)
-    start = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }

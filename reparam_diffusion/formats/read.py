@@ -17,7 +17,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
 from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
-from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, spellings
+from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, module_at, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
 
 Unmatched = list[tuple[str, str]]
@@ -50,6 +50,10 @@ class Site:
     def kinds(self) -> list[str]:
         """The names of the forms at this site, the main one first."""
         return [form.name for form, _ in forms_of(self.leaves)]
+
+    def adapter(self, module: nn.Module) -> Adapter:
+        """The adapter for a live module. Raises ValueError, with a plain sentence, where it does not fit."""
+        return _build(self.leaves, _shape(module))
 
     def rank(self) -> int | None:
         """The rank of its factors; None for forms without one."""
@@ -108,8 +112,19 @@ class AdapterFile:
 
     def match(self, parts: Parts) -> tuple[dict[str, Adapter], Unmatched]:
         """Adapters by live site, and what was left out with why. Nothing is left out in silence."""
-        table = spellings(parts)
+        located, left = self.locate(parts)
         found: dict[str, Adapter] = {}
+        for live, site in located.items():
+            try:
+                found[live] = site.adapter(module_at(parts, live))
+            except ValueError as error:
+                left.append((site.key, str(error)))
+        return found, left
+
+    def locate(self, parts: Parts) -> tuple[dict[str, Site], Unmatched]:
+        """The file's layers by live site, not yet built into adapters, and what was left out with why."""
+        table = spellings(parts)
+        found: dict[str, Site] = {}
         left: Unmatched = list(self.unmatched)
         for site in self._sites.values():
             live = table.get(f"{site.part}.{site.flat}")
@@ -118,12 +133,7 @@ class AdapterFile:
             elif live in found:
                 left.append((site.key, TWICE))
             else:
-                part, _, path = live.partition(".")
-                module = parts[part].get_submodule(path)
-                try:
-                    found[live] = _build(site.leaves, _shape(module))
-                except ValueError as error:
-                    left.append((site.key, str(error)))
+                found[live] = site
         return found, left
 
 
