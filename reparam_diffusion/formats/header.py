@@ -210,3 +210,26 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
     if facts.finished_at:
         spec["date"] = datetime.fromtimestamp(int(facts.finished_at), UTC).replace(tzinfo=None).isoformat()
     return {f"modelspec.{key}": value for key, value in spec.items() if value}
+
+
+_PUBLIC = (
+    "ss_base_model_version", "ss_v2", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_output_name", "ss_network_module",
+    "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_resolution", "ss_clip_skip", "ss_trigger_words",
+    "trigger_words", "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation",
+    "modelspec.title", "modelspec.resolution", "modelspec.description", "modelspec.license", "modelspec.usage_hint",
+    "modelspec.tags",
+    "modelspec.trigger_phrase", "modelspec.prediction_type", "modelspec.timestep_range", "modelspec.encoder_layer",
+    "modelspec.date", "modelspec.merged_from", "reparam_method",
+)  # fmt: skip
+"""What a stripped header keeps. Everything else may tell of pictures, captions, folders or people."""
+
+
+def public(header: Mapping[str, str], *, trigger: str = "") -> dict[str, str]:
+    """A header without private fields: an allowed list, so that an unknown field is left out rather than let out.
+
+    `trigger` is kept where only a folder's name told it.
+    """
+    kept = {key: value for key, value in header.items() if key in _PUBLIC}
+    if trigger:
+        kept.setdefault("modelspec.trigger_phrase", trigger)
+    return kept
