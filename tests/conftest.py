@@ -27,6 +27,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty workspace, with device locks that are this test's alone."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "temporary").mkdir()
+    return tmp_path / "workspace"
+
+
 @pytest.fixture(scope="session")
 def starter_unet() -> nn.Module:
     """The bundled UNet, frozen, fp32. Tests leave it as they found it."""

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = [
@@ -30,12 +30,25 @@ FLAGS = [
 ]
 
 
+SLOW = 120_000  # milliseconds; the machine may be busy with other tests
+
+Open = Callable[..., Page]
+"""Opens a page in a browser profile of its own: width= and height= in pixels, scheme= "light" or "dark"."""
+
+
 @dataclass(frozen=True)
 class Served:
-    """A running page: its address and its workspace."""
+    """A running page: its address, its workspace and its process."""
 
     address: str
     workspace: Path
+    port: int
+    process: subprocess.Popen[bytes]
+
+    def kill(self) -> None:
+        """As when the plug is pulled."""
+        self.process.kill()
+        self.process.wait()
 
 
 def chromium() -> str:
@@ -61,22 +74,46 @@ def open_browser() -> Iterator[Browser]:
 
 
 @contextmanager
-def serve_page(folder: Path) -> Iterator[Served]:
+def open_pages(browser: Browser, served: Served) -> Iterator[Open]:
+    """Opens any number of pages; an error in the console of one of them fails the test."""
+    errors: list[str] = []
+    contexts = []
+
+    def opened(*, width: int = 1280, height: int = 800, scheme: str = "light") -> Page:
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(served.address)
+        expect(page.get_by_role("tab", name="Train")).to_be_visible(timeout=SLOW)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert errors == []
+
+
+@contextmanager
+def serve_page(folder: Path, *, port: int = 0) -> Iterator[Served]:
     """`python app.py` over folder/workspace, with temporary files (and so the device lock) of its own."""
     temporary = folder / "temporary"
-    temporary.mkdir(parents=True)
+    temporary.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         port = probe.getsockname()[1]
     environment = dict(os.environ, TMPDIR=str(temporary), GRADIO_TEMP_DIR=str(temporary / "gradio"))
     environment |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"XDG_CACHE_HOME": str(temporary / "cache")}
     command = [sys.executable, "app.py", "--port", str(port), "--workspace", str(folder / "workspace")]
-    with (folder / "server.log").open("wb") as log:
+    with (folder / "server.log").open("ab") as log:
         server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
         _wait_until_up(server, address, folder / "server.log")
-        yield Served(address, folder / "workspace")
+        yield Served(address, folder / "workspace", port, server)
     finally:
         _end(server, folder / "workspace")
 
@@ -94,10 +131,10 @@ def _wait_until_up(server: subprocess.Popen[bytes], address: str, log: Path) -> 
 
 
 def _end(server: subprocess.Popen[bytes], workspace: Path) -> None:
-    """End the server, and the workers it launched, which outlive it by design."""
-    workers = psutil.Process(server.pid).children(recursive=True) if server.poll() is None else []
-    server.terminate()
-    server.wait(timeout=20)
-    for worker in workers:
-        if worker.is_running():
-            worker.kill()
+    """End the server, and what works on its workspace, which outlives it by design."""
+    if server.poll() is None:
+        server.terminate()
+        server.wait(timeout=20)
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(workspace) in word for word in process.info["cmdline"] or ()):
+            process.kill()

@@ -2,47 +2,23 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from fake_worker import fake_train
+from run_folders import ROOT, new_run, wait_for
 
 from reparam_diffusion import events as e
-from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.jobs import fold, locks, runs, worker
-
-NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture
-def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # the device lock of this test alone
-    monkeypatch.setattr("tempfile.tempdir", None)
-    (tmp_path / "temporary").mkdir()
-    return tmp_path / "workspace"
-
-
-def new_run(workspace: Path, *, steps: int = 8, seed: int = 0) -> Path:
-    config = settle(
-        {
-            "data": {"trigger": "sks", "class_word": "toy", "images": "pictures"},
-            "training": {"steps": steps, "seed": seed},
-            "model": {"device": "cpu"},
-        }
-    )
-    return runs.create_run(config, workspace, now=NOW)
-
 
 Start = Callable[[Path], "subprocess.Popen[bytes]"]
 
@@ -62,13 +38,6 @@ def start_fake() -> Iterator[Start]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def wait_for(what: Callable[[], bool], *, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def close(process: subprocess.Popen[bytes]) -> bytes:

@@ -9,13 +9,16 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
-from page_browser import Served, open_browser, serve_page
+from page_browser import SLOW, Open, Served, open_browser, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+from run_folders import wait_for
+
+from reparam_diffusion.jobs import runs
 
 pytestmark = pytest.mark.page
-SLOW = 120_000  # milliseconds; the machine may be busy with other tests
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +33,21 @@ def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield served
 
 
-def opened(browser: Browser, served: Served, *, width: int = 1280, height: int = 800) -> Page:
-    page = browser.new_page(viewport={"width": width, "height": height})
-    page.goto(served.address)
-    expect(page.get_by_role("tab", name="Train")).to_be_visible(timeout=SLOW)
-    return page
+@pytest.fixture
+def opened(browser: Browser, served: Served) -> Iterator[Open]:
+    """Opens the page, each time as another person's browser; an error in a console fails the test."""
+    with open_pages(browser, served) as opened:
+        yield opened
+
+
+def set_steps(page: Page, steps: int) -> None:
+    page.get_by_role("button", name="Advanced settings").click()
+    page.get_by_role("tab", name="Training").click()
+    page.get_by_label("Steps", exact=True).first.fill(str(steps))
 
 
 def start_small_run(page: Page, steps: int = 4) -> None:
-    page.get_by_role("button", name="Advanced settings").click()
-    page.get_by_label("Steps", exact=True).fill(str(steps))
+    set_steps(page, steps)
     page.get_by_role("button", name="Start training").click()
 
 
@@ -52,10 +60,8 @@ def fetch(served: Served, file: Path) -> int:
         return error.code
 
 
-def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(
-    browser: Browser, served: Served
-) -> None:
-    page = opened(browser, served)
+def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(opened: Open, served: Served) -> None:
+    page = opened()
     page.get_by_role("button", name="Teddy bear").click()
     expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
     expect(page.get_by_label("Trigger word")).to_have_value("sks")
@@ -64,7 +70,7 @@ def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(
     page.reload()
     expect(page.get_by_text(re.compile(r"Step \d of 4"))).to_be_visible(timeout=SLOW)
     expect(page.get_by_text("Finished", exact=True)).to_be_visible(timeout=SLOW)
-    expect(page.get_by_role("img", name=re.compile("^Loss from"))).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("^Loss from")).first).to_be_visible()
     for alt in ("^Base model: a 3d icon of sks toy", "^With the adapter, step 4: a 3d icon of sks toy"):
         picture = page.get_by_role("img", name=re.compile(alt)).first
         expect(picture).to_be_visible()
@@ -72,7 +78,6 @@ def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(
     with page.expect_download() as download:
         page.get_by_role("link", name="Download sks-toy-lora.safetensors").click()
     assert Path(download.value.path()).stat().st_size > 10_000
-    page.close()
     only_pictures_and_adapters_are_served(served)
 
 
@@ -85,47 +90,46 @@ def only_pictures_and_adapters_are_served(served: Served) -> None:
     assert fetch(served, Path("/etc/passwd")) in (403, 404)
 
 
-def test_a_bad_picture_is_named_and_the_others_are_kept(browser: Browser, served: Served, tmp_path: Path) -> None:
+def test_a_bad_picture_is_named_and_the_others_are_kept(opened: Open, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), "teal").save(tmp_path / "good.png")
     (tmp_path / "good.txt").write_text("a teal square")
     (tmp_path / "holiday <b>.jpg").write_bytes(b"not a picture")
-    page = opened(browser, served)
+    page = opened()
     page.get_by_role("tab", name="Train").click()
     page.locator("#drop input[type=file]").set_input_files(sorted(tmp_path.iterdir()))
     expect(page.get_by_text("1 picture ready, 1 with a caption.")).to_be_visible(timeout=SLOW)
     expect(page.locator(".refused")).to_contain_text("is left out. It is not a picture that can be read.")
     expect(page.locator(".refused")).to_contain_text("holiday")
-    page.close()
 
 
-def test_starting_without_pictures_is_told_in_a_sentence(browser: Browser, served: Served) -> None:
-    page = opened(browser, served)
+def test_starting_without_pictures_is_told_in_a_sentence(opened: Open) -> None:
+    page = opened()
     page.get_by_role("tab", name="Train").click()
     page.get_by_role("button", name="Start training").click()
     expect(page.get_by_text("Drop some in step 1, or choose an example.")).to_be_visible()
-    page.close()
 
 
-def test_a_wrong_setting_names_its_place_and_starts_nothing(browser: Browser, served: Served) -> None:
+def test_a_wrong_setting_is_told_at_its_field_and_starts_nothing(opened: Open, served: Served) -> None:
     before = len(list((served.workspace / "runs").glob("*")))
-    page = opened(browser, served)
+    page = opened()
     page.get_by_role("tab", name="Train").click()
     page.get_by_role("button", name="Rocket").click()
     expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
     start_small_run(page, steps=0)
-    expect(page.get_by_text("training.steps: must be at least 1")).to_be_visible()
+    expect(page.locator("#trouble")).to_contain_text("training.steps: must be at least 1")
+    field = page.locator(".block", has=page.get_by_label("Steps", exact=True)).last
+    expect(field).to_contain_text("must be at least 1")
+    expect(field).to_be_visible()
     assert len(list((served.workspace / "runs").glob("*"))) == before
-    page.close()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_nothing_is_cut_off(browser: Browser, served: Served, width: int, height: int) -> None:
-    page = opened(browser, served, width=width, height=height)
+def test_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
+    page = opened(width=width, height=height)
     for tab in ("Runs", "Train"):
         page.get_by_role("tab", name=tab).click()
         if tab == "Train":
-            page.get_by_role("button", name="Advanced settings").click()
-            expect(page.get_by_label("Steps", exact=True)).to_be_visible()
+            set_steps(page, 4)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         cut = page.evaluate(
             """() => [...document.querySelectorAll("button span:not(.icon), label, p, h1, h2, h3, .info-text")]
@@ -134,13 +138,89 @@ def test_nothing_is_cut_off(browser: Browser, served: Served, width: int, height
         )
         assert cut == []
         assert page.locator("img:not([alt]), img[alt='']").count() == 0
-    page.close()
 
 
-def test_the_three_steps_and_start_stand_above_the_fold(browser: Browser, served: Served) -> None:
-    page = opened(browser, served)
+def test_the_three_steps_and_start_stand_above_the_fold(opened: Open) -> None:
+    page = opened()
     page.get_by_role("tab", name="Train").click()
     for name in ("Your pictures", "What they show", "How to learn it"):
         expect(page.get_by_role("heading", name=name)).to_be_in_viewport()
     expect(page.get_by_role("button", name="Start training")).to_be_in_viewport(ratio=1)
-    page.close()
+
+
+def test_the_form_survives_a_reload_with_its_pictures_and_edited_captions(opened: Open) -> None:
+    page = opened()
+    page.get_by_role("tab", name="Train").click()
+    page.get_by_role("button", name="Rocket").click()
+    expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible(timeout=SLOW)
+    page.get_by_label("Trigger word").fill("zwx")
+    page.get_by_text("LoKr", exact=False).first.click()
+    page.get_by_role("button", name="Captions of 6 pictures").click()
+    page.get_by_label("Caption of 01.png").fill("a zwx rocket <i>over</i> Paris")
+    page.get_by_label("Leave 02.png out").click()
+    expect(page.get_by_text("5 pictures ready")).to_be_visible()
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(page.get_by_text("5 pictures ready, 5 with a caption.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_label("Trigger word")).to_have_value("zwx")
+    expect(page.get_by_role("radio", name=re.compile("^LoKr"))).to_be_checked()
+    page.get_by_role("button", name="Captions of 5 pictures").click()
+    expect(page.get_by_label("Caption of 01.png")).to_have_value("a zwx rocket <i>over</i> Paris")
+
+
+def test_a_run_is_paused_resumed_and_stopped_and_a_second_one_waits_for_it(opened: Open, served: Served) -> None:
+    page = opened()
+    page.get_by_role("tab", name="Train").click()
+    page.get_by_role("button", name="Teddy bear").click()
+    expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    start_small_run(page, steps=2000)
+    expect(page.get_by_text(re.compile(r"Step \d+ of 2000"))).to_be_visible(timeout=SLOW)
+
+    other = opened()  # another tab of another person, who wants the machine too
+    other.get_by_role("tab", name="Train").click()
+    other.get_by_role("button", name="Rocket").click()
+    expect(other.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    start_small_run(other, steps=3)
+    expect(other.locator("#progress")).to_contain_text("next in the queue", timeout=SLOW)
+    other.get_by_role("button", name="Take out of the queue").click()
+    expect(other.locator("#progress")).to_contain_text("Not started", timeout=SLOW)
+    expect(page.locator("#run-list")).to_contain_text("sks-aircraft-lora", timeout=SLOW)
+
+    page.get_by_role("button", name="Pause", exact=True).click()
+    expect(page.locator("#progress .chip")).to_have_text("Paused", timeout=SLOW)
+    page.get_by_role("button", name="Resume", exact=True).click()
+    expect(page.locator("#progress .chip")).to_have_text("Training", timeout=SLOW)
+    expect(page.get_by_role("button", name="Sample now")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Stop", exact=True).click()
+    expect(page.locator("#progress .chip")).to_have_text("Stopped", timeout=SLOW)
+    expect(page.get_by_role("button", name="Try it")).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="Train again with these settings").click()
+    expect(page.get_by_label("Trigger word")).to_have_value("sks", timeout=SLOW)
+    expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    page.get_by_role("tab", name="Runs").click()
+    page.get_by_role("button", name="Move to bin").click()
+    expect(page.get_by_text("Moved to bin/runs/")).to_be_visible(timeout=SLOW)
+    assert list((served.workspace / "bin" / "runs").iterdir())
+    assert fetch(served, next((served.workspace / "bin" / "runs").glob("*/config.toml"))) in (403, 404)
+
+
+def test_a_run_goes_on_while_the_server_is_killed_and_a_killed_worker_is_lost(browser: Browser, tmp_path: Path) -> None:
+    with serve_page(tmp_path) as served, open_pages(browser, served) as opened:
+        page = opened()
+        page.get_by_role("button", name="Teddy bear").click()
+        expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+        start_small_run(page, steps=3000)
+        expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible(timeout=SLOW)
+        run = next((served.workspace / "runs").iterdir())
+        page.close()
+        before = runs.state_of(run).step
+        served.kill()
+        wait_for(lambda: runs.state_of(run).step > before, seconds=60)
+        assert runs.state_of(run).state == "running"
+        with serve_page(tmp_path, port=served.port) as again, open_pages(browser, again) as opened_again:
+            page = opened_again()
+            expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible(timeout=SLOW)
+            psutil.Process(runs.state_of(run).pid).kill()
+            expect(page.locator("#progress .chip")).to_have_text("Lost", timeout=SLOW)
+            expect(page.locator("#progress")).to_contain_text("The program ended without a word.")
+            expect(page.get_by_role("button", name=re.compile("Resume|Start again"))).to_be_visible(timeout=SLOW)

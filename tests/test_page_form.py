@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import gradio as gr
@@ -10,16 +11,16 @@ import pytest
 import app
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainingSettings, find_preset, settle
-from reparam_diffusion.data.images import Refused
+from reparam_diffusion.data.images import Picture, Refused
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Sampled, Validated
-from reparam_diffusion.jobs import datasets, runs
+from reparam_diffusion.jobs import datasets, drafts, presets, runs
 from reparam_diffusion.jobs.fold import RunState
-from ui import fragments, plot, run_view, train_tab
+from reparam_diffusion.jobs.overview import Overview
+from ui import fragments, plot, run_fragments, starting
+from ui.advanced import draw_advanced
 from ui.door import guarded, page_log
-from ui.form import Form, nested
-
-VALUES = {"data.trigger": "sks", "data.class_word": "toy", "data.kind": "subject", "method": "lora", "preset": "quick"}
+from ui.form import Form
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -35,24 +36,98 @@ def test_every_setting_of_a_method_has_a_control_with_its_default_and_help(name:
         assert (control.value, control.info) == (getattr(spec, key), field.description)
 
 
-def test_untouched_controls_settle_to_the_presets_own_config() -> None:
-    for _, preset in train_tab.presets_to_choose():
+@pytest.fixture(scope="module")
+def form(tmp_path_factory: pytest.TempPathFactory) -> Form:
+    """The page's own form, without the page."""
+    form = Form()
+    with gr.Blocks(analytics_enabled=False):
+        form.keep("method", gr.Radio(["lora"]))
+        for place in ("data.kind", "data.trigger", "data.class_word"):
+            form.keep(place, gr.Textbox())
+        draw_advanced(form, tmp_path_factory.mktemp("workspace"))
+    return form
+
+
+def test_every_setting_of_a_run_has_a_control_but_the_pictures(form: Form) -> None:
+    config = settle({})
+    places = {place for place in starting.shown_of(config) if not place.startswith("adapter.")}
+    assert places <= set(form.controls)
+    for name, method in METHODS.items():
+        assert {f"adapter.{name}.{field}" for field in method.spec.model_fields if field != "method"} <= set(
+            form.controls
+        )
+
+
+def test_what_the_form_shows_settles_to_the_presets_own_config(form: Form, tmp_path: Path) -> None:
+    for _, preset in presets.choices(tmp_path):
         for name in METHODS:
-            shown = train_tab.defaults(preset, "subject", name)
-            own = f"adapter.{name}."
-            values = {f"adapter.{k.removeprefix(own)}" if k.startswith(own) else k: v for k, v in shown.items()}
-            config = settle(*train_tab.layers_for(preset, "subject", name), nested(values))
-            assert config == train_tab.settled(preset, "subject", name)
+            config = starting.settled(tmp_path, preset, "subject", name)
+            back = settle(starting.layer_of(form.settings(starting.shown_of(config))))
+            assert back == config.model_copy(update={"title": "", "about": ""})
 
 
-def test_presets_of_one_base_model_are_one_choice() -> None:
-    choices = dict(train_tab.presets_to_choose())
-    assert next(iter(choices.values())) == train_tab.FIRST_PRESET
+def test_lists_pairs_and_rules_come_back_from_text_as_they_were(form: Form) -> None:
+    config = settle(
+        {
+            "targets": {
+                "unet": ["unet.*attn2*", "unet.mid_block.*"],
+                "text_encoder": ["te1.*q_proj"],
+                "rules": [
+                    {"match": "*attn2*", "adapter": {"method": "lokr", "factor": 4, "decompose_both": True}},
+                    {"match": "*", "adapter": {"method": "oft", "side": "input"}},
+                ],
+            },
+            "training": {"betas": [0.8, 0.999]},
+            "output": {"sample_prompts": ["a photo of {trigger}, red", "another, of {class}"]},
+        }
+    )
+    assert settle(starting.layer_of(form.settings(starting.shown_of(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "words"),
+    [
+        ("targets.rules", "*attn2*", "names no method"),
+        ("targets.rules", "*attn2* lokr factor=no", "factor"),
+        ("targets.rules", "*attn2* magic", "there is no such method"),
+        ("training.betas", "0.9", "betas"),
+        ("training.betas", "0.9, x", "betas"),
+    ],
+)
+def test_a_text_that_is_no_setting_is_told_with_its_place(form: Form, place: str, text: str, words: str) -> None:
+    shown = {**starting.shown_of(settle({})), place: text}
+    with pytest.raises(UserError, match=words) as told:
+        settle(starting.layer_of(form.settings(shown)))
+    assert told.value.place.startswith(place)
+
+
+def test_presets_of_one_base_model_are_one_choice(tmp_path: Path) -> None:
+    choices = dict(presets.choices(tmp_path))
+    assert next(iter(choices.values())) == presets.FIRST
     assert choices["Quick"] == "quick"
     assert not [name for name in choices.values() if name.endswith(("-subject", "style"))]
     assert choices["Stable Diffusion 1.5"] == "sd15"
-    assert train_tab.settled("sd15", "subject", "oft").adapter.method == "oft"
-    assert train_tab.settled("sd15", "subject", "lora").training.steps == find_preset("sd15-lora")["training"]["steps"]
+    assert starting.settled(tmp_path, "sd15", "subject", "oft").adapter.method == "oft"
+    steps = find_preset("sd15-lora")["training"]["steps"]
+    assert starting.settled(tmp_path, "sd15", "subject", "lora").training.steps == steps
+
+
+def test_a_saved_preset_keeps_everything_but_what_belongs_to_one_run(tmp_path: Path) -> None:
+    config = settle(
+        {
+            "adapter": {"method": "lokr", "factor": 3},
+            "data": {"images": "/home/me/secret", "trigger": "sks", "class_word": "toy", "flip": True},
+            "output": {"name": "mine"},
+        }
+    )
+    name = presets.save(config, tmp_path, title="My <b> preset")
+    assert ("My <b> preset (yours)", name) in presets.choices(tmp_path)
+    back = starting.settled(tmp_path, name, "style", "lora")
+    assert (back.adapter, back.data.flip) == (config.adapter, True)
+    assert (back.data.images, back.data.trigger, back.output.name) == ("", "", "")
+    for hostile in ("mine/../../etc/passwd", "mine/", "mine/nothing"):
+        with pytest.raises(UserError, match="gone"):
+            presets.layers(hostile, tmp_path, kind="subject", method="lora")
 
 
 def test_a_new_default_reaches_only_controls_that_nobody_touched() -> None:
@@ -64,41 +139,84 @@ def test_a_new_default_reaches_only_controls_that_nobody_touched() -> None:
     assert list(updates) == [form.controls["training.batch"]]
 
 
-def test_starting_makes_a_run_of_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[Path] = []
-    monkeypatch.setattr(train_tab.worker, "launch", launched.append)
+def test_starting_makes_a_run_of_what_the_page_shows(
+    form: Form, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lined_up: list[Path] = []
+    monkeypatch.setattr(starting.queue, "submit", lined_up.append)
     teddy = datasets.example_sets()[0]
-    values = VALUES | {"data.trigger": " zwx ", "training.steps": 7, "adapter.lora.rank": 3, "adapter.loha.rank": 99}
-    run = train_tab.start_run(tmp_path, teddy, values)
+    values = starting.shown_of(settle({}))
+    values |= {"data.trigger": " zwx ", "data.class_word": "toy", "training.steps": 7, "adapter.lora.rank": 3}
+    run = starting.start_run(tmp_path, teddy, form.settings(values | {"adapter.loha.rank": 99}))
     config = runs.read_config(run)
-    assert launched == [run]
+    assert lined_up == [run]
     assert (config.training.steps, config.adapter.model_dump()["rank"]) == (7, 3)
     captions = [file.read_text() for file in Path(str(config.data.images)).glob("*.txt")]
     assert len(captions) == 6
     assert all("zwx toy" in caption and "sks" not in caption for caption in captions)
+    draft, shown = starting.again(tmp_path, run)
+    again = drafts.read(draft, tmp_path)
+    assert again is not None and sorted(str(p.caption) for p in again.pictures) == sorted(c.strip() for c in captions)
+    assert (shown["training.steps"], shown["adapter.lora.rank"], shown["data.trigger"]) == (7, 3, "zwx")
 
 
 @pytest.mark.parametrize(
-    ("chosen", "change", "words"),
+    ("chosen", "change", "told_as"),
     [
-        (False, {}, "no pictures"),
-        (True, {"data.trigger": "  "}, "trigger word"),
-        (True, {"training.steps": 0}, "steps"),
+        (False, {}, ("no pictures", "")),
+        (True, {"data.trigger": "  "}, ("trigger word", "data.trigger")),
+        (True, {"training.steps": 0}, ("steps", "training.steps")),
+        (True, {"adapter.lora.rank": 0}, ("rank", "adapter.rank")),
     ],
 )
 def test_what_is_missing_is_told_before_anything_is_made(
-    tmp_path: Path, chosen: bool, change: dict[str, object], words: str
+    form: Form, tmp_path: Path, chosen: bool, change: dict[str, object], told_as: tuple[str, str]
 ) -> None:
-    with pytest.raises(UserError, match=words):
-        train_tab.start_run(tmp_path, datasets.example_sets()[0] if chosen else None, VALUES | change)
+    words, place = told_as
+    values = form.settings(starting.shown_of(settle({"data": {"trigger": "sks"}})) | change)
+    with pytest.raises(UserError, match=words) as told:
+        starting.start_run(tmp_path, datasets.example_sets()[0] if chosen else None, values)
+    assert told.value.place == place
     assert list(tmp_path.iterdir()) == []
+
+
+# --- drafts ----------------------------------------------------------------------------------------------------------
+def test_a_draft_outlives_the_page_with_its_captions_and_refusals(tmp_path: Path) -> None:
+    teddy = datasets.example_sets()[0]
+    refused = (Refused(Path("/upload/holiday.jpg"), "It is empty."),)
+    name = drafts.keep(datasets.PictureSet(teddy.pictures, refused, teddy.about), tmp_path)
+    first = drafts.read(name, tmp_path)
+    assert first is not None
+    assert [p.caption for p in first.pictures] == [p.caption for p in teddy.pictures]
+    assert [(bad.path.name, bad.why) for bad in first.refused] == [("holiday.jpg", "It is empty.")]
+    drafts.set_caption(name, tmp_path, first.pictures[1].path.name, "  a sks toy\n on the moon ")
+    drafts.set_caption(name, tmp_path, first.pictures[2].path.name, " ")
+    drafts.leave_out(name, tmp_path, first.pictures[0].path.name)
+    later = drafts.read(name, tmp_path)
+    assert later is not None
+    assert [p.caption for p in later.pictures[:2]] == ["a sks toy on the moon", None]
+    assert len(later.pictures) == 5
+    folder = datasets.add_dataset(later, tmp_path)
+    assert len(list(folder.glob("*.png"))) == 5 and len(list(folder.glob("*.txt"))) == 4
+
+
+def test_a_draft_is_found_by_its_own_name_only_and_forgotten_after_a_week(tmp_path: Path) -> None:
+    name = drafts.keep(datasets.example_sets()[0], tmp_path)
+    for hostile in ("../" + name, "..", "", None, name.upper() + "/..", "0" * 16):
+        assert drafts.read(hostile, tmp_path) is None
+    with pytest.raises(UserError, match="no picture called"):
+        drafts.set_caption(name, tmp_path, "../draft.json", "x")
+    drafts.tidy(tmp_path)
+    assert drafts.read(name, tmp_path) is not None
+    drafts.tidy(tmp_path, now=time.time() + drafts.KEPT_SECONDS + 60)
+    assert drafts.read(name, tmp_path) is None
 
 
 def test_the_same_pictures_are_kept_once_and_others_get_a_number(tmp_path: Path) -> None:
     teddy, rocket, _ = datasets.example_sets()
     first = datasets.add_dataset(teddy, tmp_path)
     assert datasets.add_dataset(teddy, tmp_path) == first
-    renamed = datasets.PictureSet(rocket.pictures, rocket.captions, (), teddy.about)
+    renamed = datasets.PictureSet(rocket.pictures, (), teddy.about)
     assert datasets.add_dataset(renamed, tmp_path).name == f"{first.name}-2"
     assert sorted(folder.name for folder in first.parent.iterdir()) == [first.name, f"{first.name}-2"]
 
@@ -110,12 +228,15 @@ def test_too_many_files_are_refused(tmp_path: Path) -> None:
 
 def test_names_and_messages_are_escaped() -> None:
     evil = "<script>alert(1)</script>"
-    chosen = datasets.PictureSet((), {}, (Refused(Path(evil), evil),))
+    chosen = datasets.PictureSet((Picture(Path(evil), 9, 9, "", evil),), (Refused(Path(evil), evil),))
     state = RunState(state="failed", message=evil, warnings=[evil], samples=[Sampled(0, evil, 0, "samples/0.png")])
     for html in (
         fragments.strip_of(chosen),
-        fragments.progress_of(state, ""),
-        fragments.pairs_of(Path("/nowhere"), state.samples, is_live=True),
+        fragments.captions_of(chosen),
+        run_fragments.progress_of("run", state, ""),
+        run_fragments.pairs_of(Path("/nowhere"), state.samples, is_live=True),
+        run_fragments.ranks_of({evil: 1, "b": 2}),
+        run_fragments.list_of([(Path(evil.replace("/", "")), state)], None),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html
@@ -145,10 +266,13 @@ def test_the_loss_is_drawn_within_its_frame_whatever_its_values() -> None:
 
 
 def test_a_run_that_is_none_of_ours_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "config.toml").touch()
+    overview = Overview(tmp_path)
     for name in ("../secret", "", None):
         with pytest.raises(UserError, match="There is no run"):
-            run_view.run_called(tmp_path, name)
-    assert run_view.run_to_open(tmp_path, "../secret") is None
+            overview.find(name)
+    assert overview.newest("../secret") is None
 
 
 @pytest.mark.parametrize("arguments", [["--share"], ["--host", "0.0.0.0"], ["--host", "::"], ["--auth", "me:"]])

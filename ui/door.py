@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
@@ -16,6 +16,8 @@ from reparam_diffusion.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 LOG = logging.getLogger("reparam_diffusion.page")
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+"""How most handlers are connected. Any: gradio's own arguments."""
 
 
 def page_log(workspace: Path) -> Path:

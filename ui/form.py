@@ -10,8 +10,13 @@ import gradio as gr
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from reparam_diffusion.config import Rule, parse_set
+from reparam_diffusion.errors import UserError
+
 Values = Mapping[str, Any]
 """Settings by their place, such as "training.steps". Any: each setting has its own type."""
+
+_WRONG = "wrong"
 
 
 def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Component:
@@ -28,9 +33,18 @@ def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Compon
     if kind is float:
         low, high = _bound(field, "ge"), _bound(field, "le", "lt")
         if low == 0 and high == 1 and not 0 < value < 0.01:
-            return gr.Slider(0, 0.99 if _bound(field, "lt") else 1, value=value, step=0.01, label=label, info=about)
+            top = 0.99 if _bound(field, "lt") else 1
+            return gr.Slider(0, top, value=value, step=0.01, label=label, info=about)
         return gr.Number(value=value, step=_stride(value), label=label, info=about)
-    return gr.Textbox(value=value, label=label, info=about, max_lines=1)
+    lines = 3 if get_origin(kind) is list else 1
+    about += _HOW_TO_WRITE.get(str(get_args(kind)[:1]), "") if lines > 1 else ""
+    return gr.Textbox(value=as_shown(value), label=label, info=about, lines=lines, max_lines=max(lines, 1))
+
+
+_HOW_TO_WRITE = {
+    str((str,)): " One a line.",
+    str((Rule,)): " One a line: a glob, the method, its settings, such as: *attn2* lokr factor=4",
+}
 
 
 def _stride(value: float) -> float:
@@ -48,17 +62,68 @@ def _bound(field: FieldInfo, *names: str) -> float | None:
     return None
 
 
+# --- settings as text, and back --------------------------------------------------------------------------------------
+def as_shown(value: Any) -> Any:
+    """A setting as its control shows it: lists line by line, pairs with commas. Any: any setting."""
+    if isinstance(value, tuple):
+        return ", ".join(f"{part:g}" for part in value)
+    if isinstance(value, list):
+        return "\n".join(_rule_line(part) if isinstance(part, Rule) else str(part) for part in value)
+    return value
+
+
+def as_setting(field: FieldInfo, value: Any, place: str) -> Any:
+    """The inverse of `as_shown`. Raises UserError for a rule that cannot be read. Any: any setting."""
+    kind = field.annotation
+    if not isinstance(value, str):
+        return value
+    if get_origin(kind) is tuple:
+        return [_number(part) for part in value.split(",")]
+    if get_origin(kind) is list:
+        lines = [line.strip() for line in value.splitlines() if line.strip()]
+        return [_rule_of(line, place) for line in lines] if get_args(kind) == (Rule,) else lines
+    if list[str] in get_args(kind):
+        parts = [part.strip() for part in value.replace("\n", ",").split(",") if part.strip()]
+        return parts if len(parts) > 1 or any(mark in value for mark in "*?[.") else value.strip()
+    return value
+
+
+def _number(text: str) -> Any:  # Any: a number, or the text for pydantic to complain about
+    try:
+        return float(text)
+    except ValueError:
+        return text.strip()
+
+
+def _rule_line(rule: Rule) -> str:
+    given = rule.adapter.model_dump(exclude_defaults=True, exclude={"method"})
+    words = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
+    return " ".join([rule.match, rule.adapter.method, *words])
+
+
+def _rule_of(line: str, place: str) -> dict[str, Any]:
+    glob, _, rest = line.partition(" ")
+    method, *settings = rest.split()[:1] + rest.split()[1:] or [""]
+    if not method:
+        raise UserError(f'The rule "{line}" names no method.', do="Write: *attn2* lokr factor=4", place=place)
+    return {"match": glob, "adapter": {"method": method, **parse_set(settings)}}
+
+
+# --- the form --------------------------------------------------------------------------------------------------------
 class Form:
     """Controls by the place of their setting, and what they showed before a person touched them."""
 
     def __init__(self) -> None:
         self.controls: dict[str, gr.components.Component] = {}
+        self.fields: dict[str, FieldInfo] = {}
 
     def add(self, settings: BaseModel, prefix: str, names: Iterable[str] | None = None) -> None:
         """Draw the controls of a settings model here, all of them or those named."""
         fields = type(settings).model_fields
         for name in names or (name for name in fields if name != "method"):
-            self.controls[f"{prefix}.{name}"] = control_for(fields[name], name, getattr(settings, name))
+            place = f"{prefix}.{name}"
+            self.controls[place] = control_for(fields[name], name, getattr(settings, name))
+            self.fields[place] = fields[name]
 
     def keep(self, place: str, control: gr.components.Component) -> gr.components.Component:
         """Take in a control that was drawn by hand."""
@@ -69,6 +134,14 @@ class Form:
         """What gradio hands to a handler, by place. Any: as above."""
         return {place: values[control] for place, control in self.controls.items()}
 
+    def settings(self, shown: Values) -> dict[str, Any]:
+        """What controls show -> settings; empty numbers are left to the defaults. Raises UserError as `as_setting`."""
+        return {
+            place: as_setting(self.fields[place], value, place) if place in self.fields else value
+            for place, value in shown.items()
+            if value is not None
+        }
+
     def refreshed(self, values: Values, before: Values, after: Values) -> dict[gr.components.Component, Any]:
         """Updates for controls whose default has changed and that nobody has touched. Any: gradio's updates."""
         return {
@@ -76,6 +149,21 @@ class Form:
             for place, new in after.items()
             if before.get(place) != new and _is_equal(values[place], before.get(place))
         }
+
+    def filled(self, values: Values) -> dict[gr.components.Component, Any]:
+        """Updates that make controls show these values, whatever they showed. Any: gradio's updates."""
+        return {
+            self.controls[place]: gr.update(value=value) for place, value in values.items() if place in self.controls
+        }
+
+    def marked(self, place: str, message: str) -> dict[gr.components.Component, Any]:
+        """Updates that put a mistake's message at its control. Any: gradio's updates."""
+        return {self.controls[place]: gr.update(info=f"⚠ {message}", elem_classes=[_WRONG])}
+
+    def unmarked(self, place: str) -> dict[gr.components.Component, Any]:
+        """Updates that take the message off again. Any: gradio's updates."""
+        control = self.controls[place]
+        return {control: gr.update(info=getattr(control, "info", ""), elem_classes=control.elem_classes or [])}
 
 
 def _is_equal(shown: Any, default: Any) -> bool:  # Any: values of any setting
@@ -85,14 +173,24 @@ def _is_equal(shown: Any, default: Any) -> bool:  # Any: values of any setting
 
 
 def nested(values: Values) -> dict[str, Any]:
-    """{"training.steps": 4} -> {"training": {"steps": 4}}; empty controls are left to the preset."""
+    """{"training.steps": 4} -> {"training": {"steps": 4}}."""
     total: dict[str, Any] = {}
     for place, value in values.items():
-        if value is None or value == "":
-            continue
         *groups, last = place.split(".")
         spot = total
         for group in groups:
             spot = spot.setdefault(group, {})
         spot[last] = value
     return total
+
+
+def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
+    """{"training.steps": 4, …} of settings, as their controls show them."""
+    rows: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            rows |= flat(value, f"{prefix}{name}.")
+        else:
+            rows[f"{prefix}{name}"] = as_shown(value)
+    return rows

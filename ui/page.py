@@ -8,10 +8,11 @@ from typing import Any
 
 import gradio as gr
 
-from ui import run_view
-from ui.door import guarded, open_log
+from reparam_diffusion.jobs import drafts, queue
+from ui import run_view, train_tab
+from ui.door import QUIET, guarded, open_log
 from ui.run_view import RunView, build_run_view
-from ui.train_tab import build_train_tab, start_run
+from ui.train_tab import TrainTab, build_train_tab
 
 HEAD = """<header class="masthead"><h1>Reparam Diffusion</h1>
 <p>Teach Stable Diffusion a subject or a style from a handful of pictures.</p></header>"""
@@ -21,6 +22,8 @@ def build_page(workspace: Path) -> gr.Blocks:
     """The whole page over one workspace."""
     workspace = workspace.resolve()
     open_log(workspace)
+    drafts.tidy(workspace)
+    queue.ensure_served(workspace)  # runs that waited when the machine went down
     with gr.Blocks(title="Reparam Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEAD, padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -28,35 +31,42 @@ def build_page(workspace: Path) -> gr.Blocks:
                 train = build_train_tab(workspace)
             with gr.Tab("Runs", id="runs"):
                 view = build_run_view(workspace)
-
-        def start(values: Mapping[gr.components.Component, Any]) -> dict[Any, Any]:  # Any: gradio's updates
-            run = start_run(workspace, values[train.chosen], train.form.read(values))
-            return {tabs: gr.Tabs(selected="runs"), **shown_anew(workspace, view, run.name)}
-
-        train.start.click(
-            guarded(start, workspace),
-            {train.chosen, *train.form.controls.values()},
-            [tabs, *view.changing()],
-            api_visibility="private",
-            show_progress="minimal",
-        )
-
-        def opened(request: gr.Request) -> dict[Any, Any]:  # Any: gradio's updates
-            wanted = dict(request.query_params).get("run")
-            name = run_view.run_to_open(workspace, wanted)
-            updates: dict[Any, Any] = shown_anew(workspace, view, name)
-            is_live = name is not None and run_view.state_of(run_view.run_called(workspace, name)).is_live
-            if wanted == name or is_live:
-                updates[tabs] = gr.Tabs(selected="runs" if name else "train")
-            return updates
-
-        page.load(
-            guarded(opened, workspace), None, [tabs, *view.changing()], api_visibility="private", show_progress="hidden"
-        )
+        _connect_start(workspace, tabs, train, view)
+        _connect_opening(workspace, page, tabs, train, view)
     page.queue(default_concurrency_limit=8)
     return page
 
 
-def shown_anew(workspace: Path, view: RunView, name: str | None) -> dict[Any, Any]:
-    """Everything about a run, for a browser that shows nothing of it yet. Any: gradio's updates."""
-    return {**run_view.look(workspace, view, name, {})}
+def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunView) -> None:
+    """Start makes a run and shows it; "Train again" fills the form from one."""
+
+    def start(values: Mapping[Any, Any]) -> dict[Any, Any]:  # Any: gradio's components and updates
+        run, updates = train_tab.start(workspace, train, values)
+        if run is None:
+            return updates
+        return {**updates, tabs: gr.Tabs(selected="runs"), **run_view.look(view, run.name, {})}
+
+    inputs = {train.pictures.draft, train.marked, *train.form.controls.values()}
+    outputs = [tabs, *train.changing(), train.advanced.panel, train.advanced.tabs, *view.changing()]
+    train.start.click(guarded(start, workspace), inputs, outputs, api_visibility="private", show_progress="minimal")
+
+    def again(name: str | None) -> dict[Any, Any]:  # Any: as above
+        run = view.overview.find(name)
+        return {tabs: gr.Tabs(selected="train"), **train_tab.train_again(workspace, train, run)}
+
+    view.again.click(guarded(again, workspace), view.choice, [tabs, *train.changing()], **QUIET)
+
+
+def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: TrainTab, view: RunView) -> None:
+    """A page that opens shows the form as this browser left it, and the run in its address or the live one."""
+
+    def opened(kept: Any, request: gr.Request) -> dict[Any, Any]:  # Any: as above, and what a browser stored
+        wanted = dict(request.query_params).get("run")
+        name = view.overview.newest(wanted)
+        updates: dict[Any, Any] = {**run_view.look(view, name, {})}
+        is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
+        if wanted == name or is_live:
+            updates[tabs] = gr.Tabs(selected="runs" if name else "train")
+        return {**updates, **train_tab.restored(workspace, train, kept)}
+
+    page.load(guarded(opened, workspace), train.kept, [tabs, *train.changing(), *view.changing()], **QUIET)

@@ -10,7 +10,7 @@ from reparam_diffusion.jobs.fold import RunState
 
 Points = Sequence[tuple[float, float]]
 
-WIDTH, HEIGHT = 440, 250
+WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 46, 18, 10, 40  # room around the axes
 AVERAGED = 20  # points in the running mean
 
@@ -22,22 +22,40 @@ def loss_plot(state: RunState) -> str:
     if len(each) < 2:
         return '<p class="quiet empty">The loss appears here after two steps.</p>'
     mean = running_mean(each)
-    last = max(state.steps, int(each[-1][0]))
     highest = max(loss for _, loss in [*each, *fixed])
-    row = nice_step(highest, 4)
-    top = row * max(1, math.ceil(highest / row - 1e-9))
     lines = [
         ("each", "each step", each),
         ("mean", f"mean of {AVERAGED} points", mean),
         ("fixed", "held-out pictures" if any(row.held_out for row in state.validations) else "fixed noise", fixed),
     ]
-    drawn = "".join(_line(kind, points, last, top) for kind, _, points in lines if points)
-    legend = "".join(f'<span class="{kind}">{escape(name)}</span>' for kind, name, points in lines if points)
     told = f"Loss from {mean[0][1]:.3g} to {mean[-1][1]:.3g} over {int(each[-1][0])} steps"
+    legend = "".join(f'<span class="{kind}">{escape(name)}</span>' for kind, name, points in lines if points)
+    drawing = _drawing(told, [(kind, points) for kind, _, points in lines if points], state.steps, highest)
+    return (
+        f'{drawing}<p class="legend">{legend}</p>'
+        f'<p class="quiet">Single steps jump about by nature; the pictures say more.</p>{_rate_plot(state)}'
+    )
+
+
+def _rate_plot(state: RunState) -> str:
+    """The learning rate, folded."""
+    rates = [(float(step), rate) for step, rate in state.rates]
+    if len(rates) < 2:
+        return ""
+    highest = max(rate for _, rate in rates) or 1.0
+    told = f"Learning rate, now {rates[-1][1]:.2g}"
+    return f"<details><summary>{told}</summary>{_drawing(told, [('mean', rates)], state.steps, highest)}</details>"
+
+
+def _drawing(told: str, lines: Sequence[tuple[str, Points]], steps: int, highest: float) -> str:
+    """Lines over the steps, from zero to a round number above the highest value."""
+    last = max(steps, *(int(points[-1][0]) for _, points in lines))
+    row = nice_step(highest, 4)
+    top = row * max(1, math.ceil(highest / row - 1e-9))
+    drawn = "".join(_line(kind, points, last, top) for kind, points in lines)
     return (
         f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{told}">'
         f"<title>{told}</title>{_axes(last, top, row)}{drawn}</svg>"
-        f'<p class="legend">{legend}</p><p class="quiet">Single steps jump about by nature; the pictures say more.</p>'
     )
 
 

@@ -1,12 +1,11 @@
-"""One run as it goes: where it stands, its loss, its pictures, and what can be asked of it.
+"""The Runs tab: the list with the queue, and one run as it goes: where it stands, its loss, its pictures, what to ask.
 
-A timer looks at the run's folder; nothing here lasts longer than reading what is new in it.
+A timer looks at the runs' folders; nothing here lasts longer than reading what is new in them.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,187 +13,243 @@ from typing import Any
 import gradio as gr
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import runs, worker
+from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
-from ui import fragments
-from ui.door import guarded
+from reparam_diffusion.jobs.overview import Overview
+from ui import run_fragments as pieces
+from ui.door import QUIET, guarded
 from ui.plot import loss_plot
 
-OFTEN, SELDOM = 1.0, 4.0  # seconds between two looks at a live run, and at one that has ended
-NO_RUN = '<p class="quiet empty">No run yet. Start one under “Train”.</p>'
+OFTEN, SELDOM = 1.0, 4.0  # seconds between two looks while something goes on, and otherwise
+NO_RUN = '<p class="quiet empty">Choose a run, or start one under “Train”.</p>'
 
 Updates = dict[gr.components.Component, Any]
 """What a handler changes, by control. Any: gradio's updates."""
-
-_followers: dict[Path, runs.Follower] = {}
-_one_at_a_time = threading.Lock()
+Contents = dict[gr.components.Component, tuple[Any, Any]]
+"""For each control a sign of what it shows, and the update (or how to make it). Any: values of many kinds."""
 
 
 @dataclass(frozen=True)
 class RunView:
     """The controls of the tab. `shown` remembers what the browser has, so that only changes are sent."""
 
-    choice: gr.Dropdown
+    overview: Overview
+    choice: gr.Textbox
+    listed: gr.HTML
     progress: gr.HTML
     stop: gr.Button
     pause: gr.Button
     resume: gr.Button
+    sample: gr.Button
+    try_it: gr.Button
+    again: gr.Button
+    bin: gr.Button
     result: gr.HTML
     pairs: gr.HTML
     loss: gr.HTML
-    log: gr.HTML
+    details: gr.HTML
     timer: gr.Timer
     shown: gr.State
 
     def changing(self) -> list[gr.components.Component]:
         """Everything that a look may change."""
-        return [*vars(self).values()]
+        return [control for name, control in vars(self).items() if name != "overview"]
 
 
 def build_run_view(workspace: Path) -> RunView:
     """Draw the tab and connect its buttons and its timer."""
-    with gr.Row(elem_classes="run-head"):
-        choice = gr.Dropdown([], label="Run", elem_id="run", scale=3, min_width=260)
-        with gr.Row(scale=2, elem_classes="asks"):
-            pause = gr.Button("Pause", visible=False, min_width=90, elem_id="pause")
-            stop = gr.Button("Stop", visible=False, min_width=90, elem_id="stop")
-            resume = gr.Button("Resume", visible=False, variant="primary", min_width=120, elem_id="resume")
-    progress = gr.HTML(NO_RUN, elem_id="progress", padding=False)
-    result = gr.HTML("", elem_id="result", padding=False)
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=300, elem_classes="card"):
-            gr.HTML("<h2>Before and after</h2>", padding=False)
-            pairs = gr.HTML("", elem_id="pairs", padding=False)
-        with gr.Column(scale=2, min_width=300, elem_classes="card"):
-            gr.HTML("<h2>Loss</h2>", padding=False)
-            loss = gr.HTML("", elem_id="loss", padding=False)
-    log = gr.HTML("", elem_id="log", padding=False)
+    choice = gr.Textbox(visible="hidden", elem_id="run")
+    with gr.Row(equal_height=False, elem_classes="runs"):
+        with gr.Column(scale=2, min_width=280, elem_classes="card run-side"):
+            gr.HTML("<h2>Runs</h2>", padding=False)
+            listed = gr.HTML("", elem_id="run-list", padding=False, js_on_load=pieces.CHOOSE)
+        with gr.Column(scale=5, min_width=320):
+            progress = gr.HTML(NO_RUN, elem_id="progress", padding=False, js_on_load=pieces.TICK)
+            with gr.Row(elem_classes="asks"):
+                resume = _button("Resume", "resume", "primary")
+                try_it = _button("Try it", "try-run", "primary")
+                pause, stop = _button("Pause", "pause"), _button("Stop", "stop")
+                sample = _button("Sample now", "sample")
+                again = _button("Train again with these settings", "again")
+                bin_ = _button("Move to bin", "bin-run")
+            result = gr.HTML("", elem_id="result", padding=False)
+            with gr.Column(elem_classes="card"):
+                gr.HTML("<h2>Before and after</h2>", padding=False)
+                pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB)
+            with gr.Column(elem_classes="card"):
+                gr.HTML("<h2>Loss</h2>", padding=False)
+                loss = gr.HTML("", elem_id="loss", padding=False)
+            details = gr.HTML("", elem_id="details", padding=False)
     view = RunView(
-        choice, progress, stop, pause, resume, result, pairs, loss, log, gr.Timer(OFTEN), gr.State({})
+        Overview(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
+        pairs, loss, details, gr.Timer(OFTEN), gr.State({}),
     )  # fmt: skip
     _connect(workspace, view)
     return view
 
 
+def _button(text: str, name: str, variant: Any = "secondary") -> gr.Button:  # Any: gradio's own Literal
+    return gr.Button(text, visible=False, min_width=80, size="md", elem_id=name, variant=variant)
+
+
 def _connect(workspace: Path, view: RunView) -> None:
     seen = [view.choice, view.shown]
+    quiet = {**QUIET, "concurrency_limit": None}
 
     def see(name: str | None, shown: Mapping[str, Any]) -> Updates:
-        return look(workspace, view, name, shown)
+        return look(view, name, shown)
 
-    def ask_and_see(request: Any, name: str | None, shown: Mapping[str, Any]) -> Updates:
-        folder = run_called(workspace, name)
-        if request == "resume":
-            resume_run(folder)
-        else:
-            runs.ask(folder, request)
-        return look(workspace, view, name, shown)
+    view.timer.tick(guarded(see, workspace), seen, view.changing(), **quiet)
 
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    for event in (view.timer.tick, view.choice.input):
-        event(guarded(see, workspace), seen, view.changing(), **quiet)
+    def choose(shown: Mapping[str, Any], event: gr.EventData) -> Updates:
+        return {**look(view, event.run, shown), view.choice: event.run}
+
+    view.listed.select(guarded(choose, workspace), view.shown, view.changing(), **quiet)
     view.choice.change(None, view.choice, None, js=REMEMBER_IN_ADDRESS)
-    for button, request in ((view.stop, "stop"), (view.pause, "pause"), (view.resume, "resume")):
 
-        def pressed(name: str | None, shown: Mapping[str, Any], request: str = request) -> Updates:
-            return ask_and_see(request, name, shown)
+    def change_queue(name: str | None, shown: Mapping[str, Any], event: gr.EventData) -> Updates:
+        QUEUE_ACTS[event.act](workspace, event.run)
+        return look(view, name, shown)
+
+    view.listed.edit(guarded(change_queue, workspace), seen, view.changing(), **quiet)
+    for button, act in (
+        (view.stop, stop_run),
+        (view.pause, pause_run),
+        (view.resume, resume_run),
+        (view.sample, sample),
+    ):
+
+        def pressed(name: str | None, shown: Mapping[str, Any], act: Callable[[Path], None] = act) -> Updates:
+            act(view.overview.find(name))
+            return look(view, name, shown)
 
         button.click(guarded(pressed, workspace), seen, view.changing(), **quiet)
+
+    def bin_run(name: str | None) -> Updates:
+        place = view.overview.bin(view.overview.find(name))
+        gr.Info(f"Moved to {place.relative_to(workspace)}. Its adapter in the gallery stays.")
+        return look(view, view.overview.newest(), {})
+
+    view.bin.click(guarded(bin_run, workspace), view.choice, view.changing(), **quiet)
 
 
 REMEMBER_IN_ADDRESS = """(run) => {
   const address = new URL(window.location);
-  if (run) address.searchParams.set("run", run);
+  if (run) address.searchParams.set("run", run); else address.searchParams.delete("run");
   window.history.replaceState(null, "", address);
 }"""
 
 
 # --- plain functions of values ---------------------------------------------------------------------------------------
-def run_called(workspace: Path, name: str | None) -> Path:
-    """The folder of a run in this workspace. Raises UserError when there is none of that name."""
-    for folder in runs.list_runs(workspace):
-        if folder.name == name:
-            return folder
-    raise UserError(f'There is no run called "{name}".', do="Choose one from the list.")
+QUEUE_ACTS: dict[str, Callable[[Path, str], object]] = {
+    "up": lambda workspace, run: queue.move(workspace, run, -1),
+    "down": lambda workspace, run: queue.move(workspace, run, 1),
+    "out": queue.remove,
+    "clear": lambda workspace, run: queue.clear(workspace),
+}
+
+
+def stop_run(folder: Path) -> None:
+    """Ask for an end with an adapter; a run that waits leaves the queue."""
+    queue.stop(folder)
+
+
+def pause_run(folder: Path) -> None:
+    """Ask for an end with a place to go on from; a run that waits leaves the queue."""
+    queue.stop(folder, "pause")
+
+
+def sample(folder: Path) -> None:
+    """Ask for preview pictures now."""
+    runs.ask(folder, "sample")
 
 
 def resume_run(folder: Path) -> None:
     """Go on from the last checkpoint, or from the start where there is none."""
-    worker.launch(folder, resume=state_of(folder).checkpoint is not None)
+    queue.submit(folder, resume=runs.state_of(folder).checkpoint is not None)
 
 
-def state_of(folder: Path) -> RunState:
-    """The run's state; only what is new is read."""
-    with _one_at_a_time:
-        follower = _followers.setdefault(folder, runs.Follower(folder))
-        return follower.look()
-
-
-def run_to_open(workspace: Path, wanted: str | None) -> str | None:
-    """Which run a fresh page shows: the one in its address, else the newest live one, else the newest."""
-    names = [folder.name for folder in runs.list_runs(workspace)]
-    if wanted in names:
-        return wanted
-    live = (folder.name for folder in runs.list_runs(workspace)[:10] if state_of(folder).is_live)
-    return next(live, names[0] if names else None)
-
-
-def label_of(name: str) -> str:
-    """ "sks-toy-lora, 2026-11-24 03:52" for 20261124-035206-sks-toy-lora."""
-    day, _, rest = name.partition("-")
-    time, _, words = rest.partition("-")
-    if not (day.isdigit() and time.isdigit() and len(day) == 8 and len(time) == 6 and words):
-        return name
-    return f"{words}, {day[:4]}-{day[4:6]}-{day[6:]} {time[:2]}:{time[2:4]}"
-
-
-def look(workspace: Path, view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
+def look(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
     """What has changed since the browser was last told, and nothing else."""
-    fresh = _contents(workspace, view, name)
+    fresh = _contents(view, name)
     updates = {
         control: make() if callable(make) else make
         for control, (sign, make) in fresh.items()
-        if shown.get(control.elem_id or "timer") != sign
+        if shown.get(_key(control)) != sign
     }
     if updates:
-        updates[view.shown] = {control.elem_id or "timer": sign for control, (sign, _) in fresh.items()}
+        updates[view.shown] = {_key(control): sign for control, (sign, _) in fresh.items()}
     else:
         updates[view.shown] = gr.skip()
     return updates
 
 
-def _contents(workspace: Path, view: RunView, name: str | None) -> dict[gr.components.Component, tuple[Any, Any]]:
-    """For each control a sign of what it shows, and the update (or how to make it). Any: values of many kinds."""
-    names = [folder.name for folder in runs.list_runs(workspace)]
-    choices = [(label_of(one), one) for one in names]
-    listed = (tuple(names), name), gr.update(choices=choices, value=name)
-    if name is None or name not in names:
-        return {view.choice: listed, view.progress: (NO_RUN, gr.update(value=NO_RUN))}
-    folder = run_called(workspace, name)
-    state, request = state_of(folder), runs.asked(folder)
-    progress = fragments.progress_of(state, request)
-    result = fragments.result_of(folder, state)
-    log = fragments.log_of(runs.log_file(folder)) if state.state in ("failed", "lost") else ""
-    pictures = tuple((sample.step, sample.path) for sample in state.samples)
-    pace = OFTEN if state.is_live else SELDOM
-    resume = "Resume" if state.checkpoint else "Start again" if state.state != "created" else "Start"
-    can_ask = state.is_live and not request
+def _key(control: gr.components.Component) -> str:
+    return control.elem_id or "timer"
 
-    def pairs() -> str:
-        return fragments.pairs_of(folder, state.samples, is_live=state.is_live)
 
-    return {
-        view.choice: listed,
-        view.progress: (progress, gr.update(value=progress)),
-        view.result: (result, gr.update(value=result)),
-        view.pairs: ((name, pictures, state.is_live), lambda: gr.update(value=pairs())),
-        view.loss: (
-            (name, state.step, len(state.losses), len(state.validations)),
-            lambda: gr.update(value=loss_plot(state)),
-        ),
-        view.log: (log, gr.update(value=log)),
-        view.stop: (can_ask, gr.update(visible=can_ask)),
-        view.pause: (can_ask, gr.update(visible=can_ask)),
-        view.resume: ((state.can_resume, resume), gr.update(visible=state.can_resume, value=resume)),
+def _contents(view: RunView, name: str | None) -> Contents:
+    rows = view.overview.look()
+    known = {folder.name: (folder, state) for folder, state in rows}
+    listing = pieces.list_of(rows, name)
+    pace = OFTEN if any(state.is_live for _, state in rows) else SELDOM
+    common: Contents = {
+        view.choice: (name, gr.update(value=name if name in known else None)),
+        view.listed: (listing, gr.update(value=listing)),
         view.timer: (pace, gr.Timer(pace)),
     }
+    if name is None or name not in known:
+        buttons = {button: (False, gr.update(visible=False)) for button in _buttons(view)}
+        empty = {part: ("", gr.update(value="")) for part in (view.result, view.pairs, view.loss, view.details)}
+        return {**common, **buttons, **empty, view.progress: (NO_RUN, gr.update(value=NO_RUN))}
+    return {**common, **_run_contents(view, *known[name])}
+
+
+def _buttons(view: RunView) -> list[gr.Button]:
+    return [view.stop, view.pause, view.resume, view.sample, view.try_it, view.again, view.bin]
+
+
+def _run_contents(view: RunView, folder: Path, state: RunState) -> Contents:
+    request = runs.asked(folder)
+    progress = pieces.progress_of(folder.name, state, request)
+    result = pieces.result_of(folder, state)
+    log = pieces.log_of(runs.log_file(folder)) if state.state in ("failed", "lost") else ""
+    details = pieces.ranks_of(state.ranks) + log
+    pictures = (folder.name, tuple((sample.step, sample.path) for sample in state.samples), state.is_live)
+    points = (folder.name, state.step, len(state.losses), len(state.validations))
+    resume = "Resume" if state.checkpoint else "Start again" if state.state != "created" else "Start"
+    can_ask = state.is_live and not request
+    is_stepping = can_ask and state.phase == "training"
+
+    def pairs() -> Any:
+        return gr.update(value=pieces.pairs_of(folder, state.samples, is_live=state.is_live))
+
+    return {
+        view.progress: (progress, gr.update(value=progress)),
+        view.result: (result, gr.update(value=result)),
+        view.pairs: (pictures, pairs),
+        view.loss: (points, lambda: gr.update(value=loss_plot(state))),
+        view.details: (details, gr.update(value=details)),
+        view.stop: ((can_ask, state.place), _shown(can_ask, "Take out of the queue" if state.place else "Stop")),
+        view.pause: (can_ask and not state.place, _shown(can_ask and not state.place)),
+        view.resume: ((state.can_resume, resume), _shown(state.can_resume, resume)),
+        view.sample: (is_stepping, _shown(is_stepping)),
+        view.try_it: (bool(result), _shown(bool(result))),
+        view.again: (True, _shown(True)),
+        view.bin: (not state.is_live, _shown(not state.is_live)),
+    }
+
+
+def _shown(is_shown: bool, text: str | None = None) -> Any:  # Any: gradio's update
+    return gr.update(visible=is_shown) if text is None else gr.update(visible=is_shown, value=text)
+
+
+def adapter_of(view: RunView, name: str | None) -> tuple[str, str]:
+    """The gallery file's stem that a run made, and a prompt to try it with. Raises UserError before it is there."""
+    folder = view.overview.find(name)
+    state = view.overview.state_of(folder)
+    file = folder / state.gallery if state.gallery else None
+    if file is None or not file.resolve().is_file():
+        raise UserError("This run has no adapter in the gallery.", do="Let it finish, or stop it.")
+    prompts = [one.prompt for one in state.samples]
+    return file.stem, prompts[-1] if prompts else ""

@@ -189,10 +189,23 @@ def budget(step: int, total: int, plan: AdaloraPlan, *, first: float, last: floa
     return last + (first - last) * left**3
 
 
-@torch.no_grad()
 def allocate(adapters: Sequence[Adapter], step: int, total: int) -> None:
-    """Smooth the importance of every triplet, and at each interval keep the best ones over all sites (eq. 8 to 11)."""
-    sites = [adapter for adapter in adapters if isinstance(adapter, Adalora)]
+    """Smooth the importance of every triplet, and at each interval keep the best ones over all sites (eq. 8 to 11).
+
+    Sites that rules gave another schedule share their own budget among themselves.
+    """
+    shared: dict[tuple[float, ...], list[Adalora]] = {}
+    for adapter in adapters:
+        assert isinstance(adapter, Adalora)
+        plan = adapter.plan
+        schedule = (plan.t_init, plan.t_final, plan.interval, plan.beta1, plan.beta2)
+        shared.setdefault(schedule, []).append(adapter)
+    for sites in shared.values():
+        _allocate(sites, step, total)
+
+
+@torch.no_grad()
+def _allocate(sites: Sequence[Adalora], step: int, total: int) -> None:
     plan = sites[0].plan
     for name in ("left", "values", "right"):
         _smooth([s for s in sites if getattr(s, name).grad is not None], name, plan)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import filecmp
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tomlkit
 
 from reparam_diffusion.config import read_settings
-from reparam_diffusion.data.images import Refused, find_pictures
+from reparam_diffusion.data.images import Picture, Refused, find_pictures
 from reparam_diffusion.data.sidecars import read_caption
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.shelf import make_slug
@@ -38,25 +38,23 @@ class About:
 class PictureSet:
     """Pictures with the captions that came with them, and the files that cannot be used."""
 
-    pictures: tuple[Path, ...]
-    captions: Mapping[Path, str] = field(default_factory=dict)
+    pictures: tuple[Picture, ...]
     refused: tuple[Refused, ...] = ()
     about: About = About()
 
 
 def example_sets() -> list[PictureSet]:
     """The bundled examples, subjects first."""
-    sets = [_read_example(file.parent) for file in sorted(EXAMPLES.glob("*/dataset.toml"), reverse=True)]
+    sets = [open_dataset(file.parent) for file in sorted(EXAMPLES.glob("*/dataset.toml"), reverse=True)]
     return sorted(sets, key=lambda one: one.about.kind != "subject")
 
 
-def _read_example(folder: Path) -> PictureSet:
+def open_dataset(folder: Path) -> PictureSet:
+    """The set in a folder; what it shows is told by its dataset.toml where there is one."""
     pictures, refused = find_pictures(folder, least_side=LEAST_SIDE)
+    file = folder / "dataset.toml"
     return PictureSet(
-        tuple(picture.path for picture in pictures),
-        {picture.path: picture.caption for picture in pictures if picture.caption},
-        tuple(refused),
-        About(**read_settings(folder / "dataset.toml")),
+        tuple(pictures), tuple(refused), About(**read_settings(file)) if file.is_file() else About(folder.name)
     )
 
 
@@ -74,13 +72,11 @@ def sort_files(files: Sequence[Path]) -> PictureSet:
     texts = [file for file in files if file.suffix.lower() in CAPTIONS]
     pictures, refused = find_pictures([file for file in files if file not in texts], least_side=LEAST_SIDE)
     by_name = {file.stem.lower(): file for file in texts}
-    captions: dict[Path, str] = {}
+    captioned = []
     for picture in pictures:
         text = by_name.get(picture.path.stem.lower()) or by_name.get(picture.path.name.lower())
-        caption = read_caption(text) if text else ""
-        if caption:
-            captions[picture.path] = caption
-    return PictureSet(tuple(picture.path for picture in pictures), captions, tuple(refused))
+        captioned.append(replace(picture, caption=(read_caption(text) if text else "") or None))
+    return PictureSet(tuple(captioned), tuple(refused))
 
 
 def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureSet:
@@ -88,15 +84,13 @@ def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureS
     about = chosen.about
     old = f"{about.trigger} {about.class_word}".strip()
     new = f"{trigger} {class_word}".strip()
-    captions = dict(chosen.captions)
+    pictures = chosen.pictures
     if old and new and old != new:
-        captions = {path: caption.replace(old, new) for path, caption in captions.items()}
-    return PictureSet(
-        chosen.pictures,
-        captions,
-        chosen.refused,
-        About(about.title or new, trigger, class_word, about.kind),
-    )
+        pictures = tuple(
+            picture if picture.caption is None else replace(picture, caption=picture.caption.replace(old, new))
+            for picture in pictures
+        )
+    return PictureSet(pictures, chosen.refused, About(about.title or new, trigger, class_word, about.kind))
 
 
 def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
@@ -107,7 +101,7 @@ def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        _write_set(chosen, beside)
+        write_set(chosen, beside)
         number = 1
         while True:
             folder = home / (slug if number == 1 else f"{slug}-{number}")
@@ -121,22 +115,27 @@ def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _write_set(chosen: PictureSet, folder: Path) -> None:
+def write_set(chosen: PictureSet, folder: Path) -> PictureSet:
+    """Copy the pictures, their captions and dataset.toml into a folder; gives the set as it lies there."""
     taken: set[str] = set()
+    written = []
     for picture in chosen.pictures:
-        stem = make_slug(picture.stem, otherwise="picture")
+        stem = make_slug(picture.path.stem, otherwise="picture")
         name, number = stem, 1
         while name in taken:
             number += 1
             name = f"{stem}-{number}"
         taken.add(name)
-        shutil.copyfile(picture, folder / f"{name}{picture.suffix.lower()}")
-        if picture in chosen.captions:
-            (folder / f"{name}.txt").write_text(chosen.captions[picture] + "\n", encoding="utf-8")
+        target = folder / f"{name}{picture.path.suffix.lower()}"
+        shutil.copyfile(picture.path, target)
+        if picture.caption is not None:
+            target.with_suffix(".txt").write_text(picture.caption + "\n", encoding="utf-8")
+        written.append(replace(picture, path=target))
     about = tomlkit.document()
     for key, value in vars(chosen.about).items():
         about.add(key, value)
     (folder / "dataset.toml").write_text(tomlkit.dumps(about), encoding="utf-8")
+    return replace(chosen, pictures=tuple(written))
 
 
 def _is_same(folder: Path, other: Path) -> bool:

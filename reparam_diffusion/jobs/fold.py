@@ -28,6 +28,7 @@ class RunState:
     phase_done: int = 0
     phase_total: int = 0
     losses: list[tuple[int, float]] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)
     validations: list[e.Validated] = field(default_factory=list)
     samples: list[e.Sampled] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -41,6 +42,10 @@ class RunState:
     started: e.Started | None = None
     ranks: dict[str, int] = field(default_factory=dict)
     pid: int = 0
+    last_step_at: float = 0.0
+    """Seconds since 1970."""
+    place: int = 0
+    """Its place in the queue; 0 where it does not wait there."""
 
     @property
     def is_live(self) -> bool:
@@ -63,6 +68,8 @@ class Fold:
         self.phase = e.Prepared("", 0, 0)
         self.steps = array("q")
         self.losses = array("d")
+        self.rates = array("d")
+        self.last_step_at = 0.0
         self.recent: deque[float] = deque(maxlen=20)
         self.validations: dict[int, e.Validated] = {}
         self.samples: dict[tuple[int, str, int], e.Sampled] = {}
@@ -111,6 +118,8 @@ class Fold:
         self._rewind(event.step)
         self.steps.append(event.step)
         self.losses.append(event.loss)
+        self.rates.append(next(iter(event.learning_rates.values()), 0.0))
+        self.last_step_at = event.time
         self.recent.append(event.seconds)
         self.seconds += event.seconds
         self.phase = e.Prepared("training", 0, 0)
@@ -120,7 +129,7 @@ class Fold:
         if not self.steps or first > self.steps[-1]:
             return
         at = bisect_left(self.steps, first)
-        del self.steps[at:], self.losses[at:]
+        del self.steps[at:], self.losses[at:], self.rates[at:]
         self.validations = {step: row for step, row in self.validations.items() if step < first}
         self.samples = {key: row for key, row in self.samples.items() if key[0] < first}
 
@@ -147,6 +156,7 @@ class Fold:
             phase_done=self.phase.done,
             phase_total=self.phase.total,
             losses=thinned(self.steps, self.losses),
+            rates=thinned(self.steps, self.rates, points=POINTS // 3),
             validations=[self.validations[key] for key in sorted(self.validations)],
             samples=sorted(self.samples.values(), key=lambda sample: sample.step),
             warnings=list(self.warnings),
@@ -160,6 +170,7 @@ class Fold:
             started=self.started,
             ranks=dict(self.ranks),
             pid=self.launched.pid if self.launched else 0,
+            last_step_at=self.last_step_at,
         )
 
     def _now(self, is_held: bool) -> State:
@@ -189,14 +200,14 @@ class Fold:
         return ""
 
 
-def thinned(steps: array[int], losses: array[float], *, points: int = POINTS) -> list[tuple[int, float]]:
-    """At most `points` pairs: the mean loss of equal stretches, at each stretch's last step."""
+def thinned(steps: array[int], values: array[float], *, points: int = POINTS) -> list[tuple[int, float]]:
+    """At most `points` pairs: the mean value of equal stretches, at each stretch's last step."""
     width = -(-len(steps) // points) or 1
     stretches = range(0, len(steps), width)
     if width == 1:
-        return list(zip(steps, losses, strict=True))
+        return list(zip(steps, values, strict=True))
     means = []
     for first in stretches:
-        part = losses[first : first + width]
+        part = values[first : first + width]
         means.append((steps[first + len(part) - 1], sum(part) / len(part)))
     return means

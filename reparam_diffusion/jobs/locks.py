@@ -60,9 +60,9 @@ def hold_run(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def try_hold(lock: Path) -> Iterator[bool]:
-    """Hold the lock for the body if nobody else does; says whether it is held."""
-    held = FileLock(lock, timeout=0, thread_local=False)
+def try_hold(lock: Path, *, patience: float = 0.0) -> Iterator[bool]:
+    """Hold the lock for the body if nobody else does for `patience` seconds; says whether it is held."""
+    held = FileLock(lock, timeout=patience, poll_interval=0.02, thread_local=False)
     try:
         held.acquire()
     except Timeout:

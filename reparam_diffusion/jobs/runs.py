@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -25,10 +27,13 @@ __all__ = [
     "asked",
     "clear_requests",
     "create_run",
+    "has_worker",
     "list_runs",
     "log_file",
+    "queue_file",
     "read_config",
     "read_events",
+    "read_queue",
     "state_of",
     "take_sample",
     "workspace_of",
@@ -93,6 +98,25 @@ def list_runs(workspace: Path) -> list[Path]:
     return sorted((file.parent for file in runs), key=lambda folder: folder.name, reverse=True)
 
 
+# --- the queue, as whoever looks at runs needs it --------------------------------------------------------------------
+def queue_file(workspace: Path) -> Path:
+    """Where a workspace keeps who waits; jobs.queue writes it."""
+    return workspace / "queue.json"
+
+
+def read_queue(workspace: Path) -> dict[str, bool]:
+    """Names of the runs that wait, the next one first, and whether each goes on from a checkpoint."""
+    try:
+        rows = json.loads(queue_file(workspace).read_text(encoding="utf-8"))
+        return {str(row["run"]): bool(row.get("resume")) for row in rows}
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            "The queue cannot be read.", f"{queue_file(workspace)} is damaged.", "Delete it; the runs stay."
+        ) from error
+
+
 # --- events ----------------------------------------------------------------------------------------------------------
 class EventLog:
     """Appends to a run's events.jsonl: one write call a line, so that a reader never sees two lines mixed."""
@@ -153,10 +177,16 @@ class Follower:
         # The lock is asked first: whoever lets go of it has written its last event before.
         held = is_held(run_lock(self.folder))
         self._read()
-        state = self._fold.state(is_held=held or self._is_starting())
-        if state.state != "lost" or not is_held(run_lock(self.folder)):
+        last = self._fold.last
+        state = self._fold.state(is_held=held or _is_starting(last))
+        if state.state == "lost" and is_held(run_lock(self.folder)):
+            state = self._fold.state(is_held=True)  # a worker took it between the two looks
+        if state.is_live:
             return state
-        return self._fold.state(is_held=True)  # a worker took it between the two looks
+        line = list(read_queue(workspace_of(self.folder)))
+        if self.folder.name not in line:
+            return state
+        return replace(state, state="queued", place=line.index(self.folder.name) + 1, message="")
 
     def _read(self) -> None:
         file = self.folder / "events.jsonl"
@@ -166,10 +196,26 @@ class Follower:
         for event in new:
             self._fold.feed(event)
 
-    def _is_starting(self) -> bool:
-        """Whether a process was launched that lives but has not got as far as the lock."""
-        last = self._fold.last
-        return isinstance(last, Launched) and _is_alive(last.pid, started=last.time)
+
+def has_worker(folder: Path) -> bool:
+    """Whether a process works on the run, or was launched for it and is on its way to the lock."""
+    return is_held(run_lock(folder)) or _is_starting(_last_event(folder))
+
+
+def _last_event(folder: Path) -> Event | None:
+    """The last line of events.jsonl that is whole."""
+    try:
+        with (folder / "events.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 8192))
+            lines = file.read().splitlines()
+        return from_json(lines[-1].decode()) if lines else None
+    except (OSError, ValueError):
+        return None
+
+
+def _is_starting(last: Event | None) -> bool:
+    """Whether a process was launched that lives but has not got as far as the lock."""
+    return isinstance(last, Launched) and _is_alive(last.pid, started=last.time)
 
 
 def _is_alive(pid: int, *, started: float) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Protocol
+from typing import IO, Protocol
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
@@ -83,7 +83,7 @@ def _on_device(
     config: TrainConfig, folder: Path, stop: Callable[[], str], *, resume: bool, train: Train | None
 ) -> Iterator[e.Event]:
     """Wait for the device, train on it, and put the adapter on the shelf."""
-    lock = locks.device_lock(_device_of(config))
+    lock = locks.device_lock(device_of(config))
     last = runs.state_of(folder).step
     with ExitStack() as held:
         has_said = False
@@ -109,7 +109,7 @@ def _on_device(
             yield event
 
 
-def _device_of(config: TrainConfig) -> str:
+def device_of(config: TrainConfig) -> str:
     """The device's name with its number: two runs on "auto" and "cuda" may mean the same one."""
     from reparam_diffusion.models.precision import pick_device
 
@@ -195,24 +195,30 @@ def launch(folder: Path, *, resume: bool = False) -> int:
     """
     folder = folder.resolve()
     runs.read_config(folder)
-    if runs.state_of(folder).is_live:
+    if runs.has_worker(folder):
         raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
     runs.clear_requests(folder)
     command = [sys.executable, "-m", MODULE, str(folder)] + (["--resume"] if resume else [])
     with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=_environment(),
-            start_new_session=True,
-            creationflags=_creation_flags(),
-        )
+        process = start_detached(command, log)
         events.append(e.Launched(process.pid, str(folder)))
+    return process.pid
+
+
+def start_detached(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one, with its words in `log`."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=_environment(),
+        start_new_session=True,
+        creationflags=_creation_flags(),
+    )
     # Somebody must wait for the child, or it stays a zombie for as long as a web server lives.
     threading.Thread(target=process.wait, name=f"reap {process.pid}", daemon=True).start()
-    return process.pid
+    return process
 
 
 def _creation_flags() -> int:

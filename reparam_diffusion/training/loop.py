@@ -224,9 +224,9 @@ class _Look:
 
     def _may_be_best(self, step: int) -> bool:
         """AdaLoRA's ranks must be final before a step may count as the best."""
-        share = getattr(self.config.adapter, "t_final", None)
+        share = max(getattr(adapter.plan, "t_final", 0.0) for adapter in self.learner.adapters.values())
         total = self.config.training.steps
-        return share is None or step >= total - round(share * total)
+        return step >= total - round(share * total)
 
 
 def _prepared(

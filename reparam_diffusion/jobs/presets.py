@@ -1,0 +1,79 @@
+"""Settings to start from: the bundled presets for a base model, and those a person saved in workspace/presets/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from reparam_diffusion.adapters import METHODS
+from reparam_diffusion.config import PRESETS, TrainConfig, find_preset, read_settings, settle, to_toml
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import write_whole
+from reparam_diffusion.gallery.shelf import make_slug
+
+FIRST = "starter"
+MINE = "mine/"
+"""How the names of a person's own presets begin."""
+PRIVATE = {"data": ("images", "trigger", "class_word"), "output": ("name",)}
+"""What belongs to one run and not to a preset."""
+
+Layer = dict[str, Any]
+"""Partial settings. Any: settings as TOML gives them."""
+
+
+def choices(workspace: Path) -> list[tuple[str, str]]:
+    """(title, name) of what there is; presets of one base model, such as sd15-lora, are one choice. Own ones last."""
+    found = {FIRST: "For the starter model"}
+    for file in sorted(PRESETS.glob("*.toml")):
+        name, _, method = file.stem.rpartition("-")
+        title = str(find_preset(file.stem).get("title") or file.stem)
+        if name and method in METHODS:
+            found[name] = title.replace(METHODS[method].title, "").strip()
+        elif name not in METHODS and file.stem != "style":  # lora-subject and style are the starter model's
+            found[file.stem] = title
+    for file in sorted(_home(workspace).glob("*.toml")):
+        found[f"{MINE}{file.stem}"] = f"{_title(file)} (yours)"
+    return [(title, name) for name, title in found.items()]
+
+
+def layers(name: str, workspace: Path, *, kind: str, method: str) -> list[Layer]:
+    """What a run's settings start from, as layers to settle. A person's own preset brings its own method and kind."""
+    if name.startswith(MINE):
+        return [read_settings(_file(name, workspace))]
+    own = "style" if kind == "style" else f"{method}-subject"
+    names = (own, "quick") if name == FIRST else (f"{name}-{method}", name)
+    known = next((find_preset(one) for one in names if (PRESETS / f"{one}.toml").is_file()), {})
+    return [known, {"adapter": {"method": method}, "data": {"kind": kind}}]
+
+
+def save(config: TrainConfig, workspace: Path, *, title: str) -> str:
+    """Keep settings under a title; gives the preset's name. The same title replaces what it named."""
+    if not title.strip():
+        raise UserError("The preset has no name.", do="Write one first.")
+    blank = settle({})
+    changes: dict[str, Any] = {"title": title.strip(), "about": ""}
+    for group, names in PRIVATE.items():
+        empty = {name: getattr(getattr(blank, group), name) for name in names}
+        changes[group] = getattr(config, group).model_copy(update=empty)
+    slug = make_slug(title, otherwise="preset")
+    write_whole(_home(workspace) / f"{slug}.toml", to_toml(config.model_copy(update=changes)))
+    return f"{MINE}{slug}"
+
+
+def _home(workspace: Path) -> Path:
+    return workspace / "presets"
+
+
+def _file(name: str, workspace: Path) -> Path:
+    """A person's own preset; names come from browsers, so the slug alone counts."""
+    file = _home(workspace) / f"{make_slug(name.removeprefix(MINE), otherwise='preset')}.toml"
+    if not file.is_file():
+        raise UserError("This preset is gone.", do="Choose another one.")
+    return file
+
+
+def _title(file: Path) -> str:
+    try:
+        return str(read_settings(file).get("title") or file.stem)
+    except UserError:
+        return f"{file.stem} (damaged)"

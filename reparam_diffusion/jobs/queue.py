@@ -1,0 +1,174 @@
+"""The queue of a workspace: queue.json, runs in the order in which they start, served by whoever finds a device free.
+
+`submit` starts a run at once where its device is free; else it lines up, and the dispatcher (`python -m
+reparam_diffusion.jobs.queue WORKSPACE`, a small process of its own) starts it when its turn comes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from reparam_diffusion import events as e
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import write_whole
+from reparam_diffusion.jobs import locks, runs, worker
+
+MODULE = "reparam_diffusion.jobs.queue"
+LOOK_AGAIN = 0.5  # seconds between two looks at the devices
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """One place in the queue: a run's name, and whether it goes on from a checkpoint."""
+
+    run: str
+    resume: bool = False
+
+
+def waiting(workspace: Path) -> list[Waiting]:
+    """Who waits, the next one first."""
+    return [Waiting(name, resume) for name, resume in runs.read_queue(workspace).items()]
+
+
+def submit(folder: Path, *, resume: bool = False) -> bool:
+    """Start a run now, or line it up; says whether it started at once. Raises UserError when it is live or waits."""
+    folder = folder.resolve()
+    runs.read_config(folder)
+    workspace = runs.workspace_of(folder)
+    if runs.state_of(folder).is_live:
+        raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+    with _changing(workspace) as line:
+        line.append(Waiting(folder.name, resume))
+        started = _start_what_can(workspace, line)
+    if folder.name not in started:
+        ensure_served(workspace)
+    return folder.name in started
+
+
+def remove(workspace: Path, run: str) -> bool:
+    """Take a run out of the queue; says whether it was there. Its folder stays."""
+    with _changing(workspace) as line:
+        before = len(line)
+        line[:] = [one for one in line if one.run != run]
+        return len(line) < before
+
+
+def move(workspace: Path, run: str, by: int) -> None:
+    """Let a run wait `by` places later (earlier where negative); the ends of the queue stop it."""
+    with _changing(workspace) as line:
+        at = next((n for n, one in enumerate(line) if one.run == run), None)
+        if at is not None:
+            one = line.pop(at)
+            line.insert(max(0, at + by), one)
+
+
+def clear(workspace: Path) -> int:
+    """Send everyone home; says how many waited. Their folders stay, and each can be started again."""
+    with _changing(workspace) as line:
+        count = len(line)
+        line.clear()
+        return count
+
+
+def stop(folder: Path, request: runs.Request = "stop") -> None:
+    """Ask a run to stop or pause; one that only waits leaves the queue instead."""
+    if not remove(runs.workspace_of(folder), folder.name):
+        runs.ask(folder, request)
+
+
+@contextmanager
+def _changing(workspace: Path) -> Iterator[list[Waiting]]:
+    """The queue for one change at a time, written back when it differs."""
+    workspace.mkdir(parents=True, exist_ok=True)
+    with FileLock(workspace / ".queue.lock", thread_local=False):
+        line = waiting(workspace)
+        before = list(line)
+        yield line
+        if line != before:
+            write_whole(runs.queue_file(workspace), json.dumps([asdict(one) for one in line], indent=1))
+
+
+# --- starting --------------------------------------------------------------------------------------------------------
+def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
+    """Launch each run whose device is free and wanted by nobody before it; returns their names, out of the line now."""
+    taken = _busy_devices(workspace)
+    started = []
+    for one in list(line):
+        folder = workspace / "runs" / one.run
+        try:
+            device = worker.device_of(runs.read_config(folder))
+        except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
+            line.remove(one)
+            _tell(folder, error)
+            continue
+        if device in taken or locks.is_held(locks.device_lock(device)):
+            taken.add(device)
+            continue
+        taken.add(device)
+        line.remove(one)
+        if runs.has_worker(folder):
+            continue
+        worker.launch(folder, resume=one.resume)
+        started.append(one.run)
+    return started
+
+
+def _tell(folder: Path, error: UserError) -> None:
+    if folder.is_dir():
+        with runs.EventLog(folder) as log:
+            log.append(e.Failed(error.what, error.why, error.do))
+
+
+def _busy_devices(workspace: Path) -> set[str]:
+    """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
+    return {
+        worker.device_of(runs.read_config(folder)) for folder in runs.list_runs(workspace) if runs.has_worker(folder)
+    }
+
+
+# --- the dispatcher --------------------------------------------------------------------------------------------------
+def _dispatcher_lock(workspace: Path) -> Path:
+    return workspace / ".dispatcher.lock"
+
+
+def ensure_served(workspace: Path) -> None:
+    """Start the dispatcher when somebody waits and none is there, such as after a restart of the machine."""
+    workspace = workspace.resolve()
+    if not waiting(workspace) or locks.is_held(_dispatcher_lock(workspace)):
+        return
+    with (workspace / "queue.log").open("ab") as log:
+        worker.start_detached([sys.executable, "-m", MODULE, str(workspace)], log)
+
+
+def serve(workspace: Path) -> None:
+    """Start runs as devices come free, until nobody waits. A second dispatcher ends at once."""
+    workspace = workspace.resolve()
+    while waiting(workspace):  # asked again without the lock: somebody may have come while it was let go
+        with locks.try_hold(_dispatcher_lock(workspace), patience=1.0) as held:
+            if not held:
+                return
+            while True:
+                with _changing(workspace) as line:
+                    _start_what_can(workspace, line)
+                    if not line:
+                        break
+                time.sleep(LOOK_AGAIN)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m reparam_diffusion.jobs.queue WORKSPACE`."""
+    (workspace,) = sys.argv[1:] if arguments is None else arguments
+    serve(Path(workspace))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The folded settings: every one of them, made from the settings models, and presets and files to fill them from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from reparam_diffusion.adapters import METHODS
+from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.jobs import presets
+from reparam_diffusion.models.known import known_models
+from ui import starting
+from ui.form import Form
+
+SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "Training": ("training", ()),
+    "Pictures": (
+        "data",
+        (
+            "resolution", "buckets", "repeats", "flip", "caption_template", "caption_dropout", "shuffle_tags",
+            "keep_tags", "held_out",
+        ),
+    ),
+    "Keep the class": ("prior", ()),
+    "Layers": ("targets", ()),
+    "Previews and file": ("output", ()),
+    "Base model": ("model", ("precision", "device", "clip_skip")),
+}  # fmt: skip
+"""Title -> group of settings, and which of them (all when empty)."""
+
+SAVE_AS_FILE = """(text) => {
+  if (!text) return;
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "application/toml" }));
+  link.download = "settings.toml";
+  link.click();
+  URL.revokeObjectURL(link.href);
+}"""
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """The controls around the settings. `groups` are the methods' own columns; `tabs` by the group they hold."""
+
+    panel: gr.Accordion
+    tabs: gr.Tabs
+    groups: dict[str, gr.Column]
+    preset_name: gr.Textbox
+    save_preset: gr.Button
+    settings_file: gr.UploadButton
+    take_file: gr.Button
+    file_text: gr.Textbox
+
+
+def draw_advanced(form: Form, workspace: Path) -> Advanced:
+    """Draw all settings, folded; the form takes their controls in."""
+    start = starting.settled(workspace, presets.FIRST, "subject", "lora")
+    with gr.Accordion("Advanced settings", open=False, elem_id="advanced") as panel:
+        about = "Where the settings below come from. Choose the one made for your base model."
+        with gr.Row(elem_classes="settings-head"):
+            choices = presets.choices(workspace)
+            form.keep("preset", gr.Dropdown(choices, value=presets.FIRST, label="Preset", info=about, min_width=220))
+            form.keep("model.path", _model_control(workspace, start))
+        groups: dict[str, gr.Column] = {}
+        with gr.Tabs(elem_id="settings-tabs") as tabs:
+            with gr.Tab("Method", id="adapter"):
+                for name in METHODS:
+                    own = starting.settled(workspace, presets.FIRST, "subject", name)
+                    groups[name] = gr.Column(visible=name == "lora", elem_classes="settings")
+                    with groups[name], gr.Row(elem_classes="grid"):
+                        form.add(own.adapter, f"adapter.{name}")
+            for title, (group, names) in SECTIONS.items():
+                with gr.Tab(title, id=group), gr.Column(elem_classes="settings"), gr.Row(elem_classes="grid"):
+                    form.add(getattr(start, group), group, names or None)
+        with gr.Row(elem_classes="settings-foot"):
+            name = gr.Textbox(
+                show_label=False,
+                placeholder="Name of a preset of your own",
+                max_lines=1,
+                min_width=200,
+                elem_id="preset-name",
+            )
+            save = gr.Button("Save as preset", min_width=120)
+            load = gr.UploadButton("Open a settings file", file_types=[".toml"], min_width=150)
+            take = gr.Button("Download these settings", min_width=170)
+            text = gr.Textbox(visible=False)
+    return Advanced(panel, tabs, groups, name, save, load, take, text)
+
+
+def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
+    field = type(start.model).model_fields["path"]
+    return gr.Dropdown(
+        [(known.title, known.path) for known in known_models(workspace)],
+        value=start.model.path,
+        label="Base model",
+        info=field.description or "",
+        allow_custom_value=True,
+        min_width=220,
+    )
+
+
+def saved(workspace: Path, settings: Mapping[str, Any], title: str) -> dict[str, Any]:
+    """Keep what the form shows as a preset; the update of the list of presets. Any: gradio's updates."""
+    name = presets.save(settle(starting.layer_of(settings)), workspace, title=title)
+    gr.Info(f"Saved. Choose “{title.strip()} (yours)” to start from it.")
+    return gr.update(choices=presets.choices(workspace), value=name)
+
+
+def as_file(settings: Mapping[str, Any]) -> str:
+    """The settings that the form shows, complete, as TOML."""
+    return to_toml(settle(starting.layer_of(settings)))
+
+
+def from_file(file: str) -> dict[str, Any]:
+    """What the form shows for a settings file. Raises UserError when it is none. Any: settings of all types."""
+    return starting.shown_of(settle(read_settings(Path(file))))

@@ -1,0 +1,124 @@
+"""Step 1 and the captions: what was dropped or chosen becomes a draft; captions are edited beside each picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.jobs import datasets, drafts
+from ui import fragments
+from ui.door import QUIET, guarded
+
+NOTHING_YET = '<p class="quiet">5 to 20 pictures are good. Captions may come along as text files of the same names.</p>'
+TELL_CHANGES = """
+element.addEventListener("change", (event) => {
+  const text = event.target.closest("textarea[data-name]");
+  if (text) trigger("edit", { name: text.dataset.name, text: text.value });
+});
+element.addEventListener("click", (event) => {
+  const button = event.target.closest("button[data-name]");
+  if (button) trigger("delete", { name: button.dataset.name });
+});
+"""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The controls of step 1. `draft` names what was chosen; `shown` is the draft that the captions show."""
+
+    files: gr.File
+    draft: gr.State
+    strip: gr.HTML
+    examples: list[tuple[gr.Button, datasets.PictureSet]]
+
+
+@dataclass(frozen=True)
+class Captions:
+    """The folded list of pictures with their captions."""
+
+    panel: gr.Accordion
+    rows: gr.HTML
+
+
+def draw_pictures() -> Pictures:
+    """A place to drop files, what was chosen, and the examples."""
+    files = gr.File(file_count="multiple", label="Your pictures", show_label=False, height=132, elem_id="drop")
+    strip = gr.HTML(NOTHING_YET, elem_id="strip", padding=False)
+    gr.HTML('<p class="quiet">Or try an example:</p>', padding=False)
+    with gr.Row(elem_classes="examples"):
+        examples = [(_example_button(one), one) for one in datasets.example_sets()]
+    return Pictures(files, gr.State(None), strip, examples)
+
+
+def _example_button(example: datasets.PictureSet) -> gr.Button:
+    icon = example.pictures[0].path
+    return gr.Button(example.about.title, icon=icon, size="sm", min_width=80, elem_classes="example")
+
+
+def draw_captions() -> Captions:
+    """The captions, folded and empty until there are pictures."""
+    with gr.Accordion("Captions", open=False, elem_id="captions-panel", visible=False) as panel:
+        about = "What each picture shows. Name what should change freely later, such as the background."
+        gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
+        rows = gr.HTML("", elem_id="captions", padding=False, js_on_load=TELL_CHANGES)
+    return Captions(panel, rows)
+
+
+def connect_pictures(
+    workspace: Path, pictures: Pictures, captions: Captions, words: dict[str, gr.components.Component]
+) -> None:
+    """Dropped files and examples become drafts; captions and left-out pictures are written to the draft."""
+    shown = [pictures.draft, pictures.strip, captions.panel, captions.rows]
+
+    def take_files(names: list[str] | None, old: str | None) -> list[Any]:
+        if not names:
+            return show_draft(workspace, None)
+        chosen = datasets.sort_files([Path(name) for name in names])
+        return show_draft(workspace, drafts.keep(chosen, workspace))
+
+    for event in (pictures.files.upload, pictures.files.delete, pictures.files.clear):
+        event(guarded(take_files, workspace), [pictures.files, pictures.draft], shown, api_visibility="private")
+
+    order = ("data.trigger", "data.class_word", "data.kind")
+    for button, example in pictures.examples:
+
+        def take_example(example: datasets.PictureSet = example) -> list[Any]:
+            about = example.about
+            said = [about.trigger, about.class_word, about.kind]
+            return [None, *show_draft(workspace, drafts.keep(example, workspace)), *said]
+
+        outputs = [pictures.files, *shown, *(words[place] for place in order)]
+        button.click(guarded(take_example, workspace), None, outputs, **QUIET)
+
+    def edit(draft: str | None, event: gr.EventData) -> Any:
+        chosen = drafts.set_caption(draft or "", workspace, event.name, event.text)
+        return fragments.strip_of(chosen)
+
+    def leave_out(draft: str | None, event: gr.EventData) -> list[Any]:
+        drafts.leave_out(draft or "", workspace, event.name)
+        return show_draft(workspace, draft)[1:]
+
+    captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **QUIET)
+    captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown[1:], **QUIET)
+
+
+def show_draft(workspace: Path, draft: str | None) -> list[Any]:
+    """The draft's name, its strip, the captions' panel and rows. Any: gradio's updates."""
+    chosen = drafts.read(draft, workspace)
+    if chosen is None:
+        return [None, NOTHING_YET, gr.update(visible=False), ""]
+    count = len(chosen.pictures)
+    label = f"Captions of {count} picture{'' if count == 1 else 's'}"
+    return [draft, fragments.strip_of(chosen), gr.update(visible=True, label=label), fragments.captions_of(chosen)]
+
+
+def chosen_of(workspace: Path, draft: str | None) -> datasets.PictureSet | None:
+    """The pictures of a draft; None when none were chosen. Raises UserError for a draft that is gone."""
+    chosen = drafts.read(draft, workspace)
+    if draft and chosen is None:
+        raise UserError("These pictures are gone.", "They were not touched for a week.", "Choose them again.")
+    return chosen

@@ -1,0 +1,90 @@
+"""What the Train tab does, as plain functions of values: defaults, settings files, what to know before Start, Start."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.jobs import datasets, drafts, presets, queue, runs
+from ui.form import flat, nested
+
+HIDDEN = ("data.images", "schema_version", "title", "about")
+"""Settings that no control shows."""
+
+
+def settled(workspace: Path, preset: str, kind: str, method: str) -> TrainConfig:
+    """The settings of a run before a person changes any."""
+    return settle(*presets.layers(preset, workspace, kind=kind, method=method))
+
+
+def defaults(workspace: Path, preset: str, kind: str, method: str) -> dict[str, Any]:
+    """What the controls show at first, by place. Any: each setting has its own type."""
+    shown = shown_of(settled(workspace, preset, kind, method))
+    for place in ("data.trigger", "data.class_word", "data.kind", "output.name", "method"):
+        shown.pop(place, None)
+    return shown
+
+
+def shown_of(config: TrainConfig) -> dict[str, Any]:
+    """All settings as their controls show them; a method's own stand under its name. Any: as above."""
+    method = config.adapter.method
+    rows = {place: value for place, value in flat(config).items() if place not in HIDDEN}
+    own = {place: rows.pop(place) for place in list(rows) if place.startswith("adapter.")}
+    own.pop("adapter.method")
+    return {
+        **rows,
+        **{f"adapter.{method}.{place.removeprefix('adapter.')}": value for place, value in own.items()},
+        "method": method,
+    }
+
+
+def layer_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by place, as the form has them -> one layer to settle: only the chosen method's. Any: as above."""
+    method = settings["method"]
+    own = f"adapter.{method}."
+    chosen = {place: value for place, value in settings.items() if not place.startswith("adapter.")}
+    for name in ("method", "preset"):
+        chosen.pop(name, None)
+    chosen |= {f"adapter.{place.removeprefix(own)}": v for place, v in settings.items() if place.startswith(own)}
+    words = {place: str(chosen.get(place) or "").strip() for place in ("data.trigger", "data.class_word")}
+    return nested({**chosen, **words, "adapter.method": method})
+
+
+def at_control(place: str, method: str) -> str:
+    """The place of the control that shows a setting."""
+    return f"adapter.{method}.{place.removeprefix('adapter.')}" if place.startswith("adapter.") else place
+
+
+def start_run(workspace: Path, chosen: datasets.PictureSet | None, settings: Mapping[str, Any]) -> Path:
+    """Copy the pictures into the workspace, make the run, line it up. Raises UserError for what is missing."""
+    if chosen is None:
+        raise UserError("There are no pictures yet.", do="Drop some in step 1, or choose an example.")
+    layer = layer_of(settings)
+    trigger, class_word = layer["data"]["trigger"], layer["data"]["class_word"]
+    if not trigger:
+        raise UserError(
+            "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
+        )
+    settle(layer)  # a mistake in the settings is told before anything is copied
+    chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
+    folder = datasets.add_dataset(chosen, workspace)
+    config = settle(layer, {"data": {"images": str(folder)}})
+    run = runs.create_run(config, workspace, now=datetime.datetime.now())
+    queue.submit(run)
+    return run
+
+
+def again(workspace: Path, run: Path) -> tuple[str | None, dict[str, Any]]:
+    """A run's pictures as a new draft (None when they are gone), and its settings as the form shows them."""
+    config = runs.read_config(run)
+    shown = {**shown_of(config), "preset": presets.FIRST}
+    images = config.data.images
+    folder = Path(images) if isinstance(images, str) else None
+    if folder is None or not folder.is_dir():
+        return None, shown
+    chosen = datasets.open_dataset(folder)
+    return drafts.keep(chosen, workspace), shown
