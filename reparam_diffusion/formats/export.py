@@ -77,11 +77,10 @@ def export_adapter(
     target: Target = "lycoris",
     precision: Precision = "fp16",
     strip: bool = False,
-    pipeline: Any = None,
 ) -> Iterator[tuple[int, int, str] | Exported]:
     """Write an adapter for other programs; yields (done, of, what), then the Exported, kept beside it as .proof.json.
 
-    `pipeline`: diffusers' pipeline over the same parts, for its own reading. Any: it is not imported here.
+    `parts` may be without weights where no change depends on them; diffusers is asked only on a real model.
     """
     file = read_adapter(source)
     located, left = file.locate(parts)
@@ -105,7 +104,7 @@ def export_adapter(
     for number, error in enumerate(_errors(located, out, parts), 1):
         rounding = max(rounding, error)
         yield len(located) + number, 2 * len(located), "reading it back"
-    readings = _readings(out, parts, family, target, pipeline)
+    readings = _readings(out, parts, family, target)
     kinds = {site.kinds()[0] for site in located.values()}
     notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(kinds, rewritten)
     done = Exported(out, target, precision, len(located), rounding, dict(rewritten), readings, tuple(notes))
@@ -168,15 +167,13 @@ def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[fl
         yield relative(wrong, size)
 
 
-def _readings(out: Path, parts: Parts, family: Family, target: Target, pipeline: Any) -> tuple[Reading, ...]:
+def _readings(out: Path, parts: Parts, family: Family, target: Target) -> tuple[Reading, ...]:
     if target == "peft":
         return (peft_reading(out, parts),)
-    by_diffusers = [] if pipeline is None else [diffusers_reading(out, parts, pipeline)]
     if target == "diffusers":
-        missing = Reading("diffusers", failed="not asked: that needs the base model's weights")
-        return tuple(by_diffusers or [missing])
-    only_lora = read_adapter(out).method == "lora"
-    return (lycoris_reading(out, parts, family), *(by_diffusers if only_lora else []))
+        return (diffusers_reading(out, parts),)
+    by_diffusers = [diffusers_reading(out, parts)] if read_adapter(out).method == "lora" else []
+    return (lycoris_reading(out, parts, family), *by_diffusers)
 
 
 def _notes(kinds: set[str], rewritten: Mapping[str, int]) -> list[str]:

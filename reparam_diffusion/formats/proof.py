@@ -120,12 +120,12 @@ def peft_reading(folder: Path, parts: Parts) -> Reading:
     return _compare(f"PEFT {number}", folder, parts, put_on)
 
 
-def diffusers_reading(file: Path, parts: Parts, pipeline: Any) -> Reading:
-    """diffusers, through `load_lora_weights` on a pipeline of the live parts, which are put back as they were.
-
-    Any: diffusers' pipelines are not imported here.
-    """
+def diffusers_reading(file: Path, parts: Parts) -> Reading:
+    """diffusers, through `load_lora_weights` on a pipeline of the live parts, which are put back as they were."""
     program = f"diffusers {installed('diffusers')}"
+    if any(parameter.is_meta for parameter in parts["unet"].parameters()):
+        return Reading(program, failed="not asked: that needs the base model's weights")
+    pipeline = _pipeline_over(parts)
     sites = list(read_adapter(file).locate(parts)[0])
     with _put_back(parts, sites):
         try:
@@ -142,6 +142,19 @@ def diffusers_reading(file: Path, parts: Parts, pipeline: Any) -> Reading:
         return layer.__call__
 
     return _compare(program, file, parts, put_on)
+
+
+def _pipeline_over(parts: Parts) -> Any:
+    """A diffusers pipeline with these parts and nothing to draw with. Any: its classes are not imported here."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    rest = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False)}
+    own = {"unet": parts["unet"], "text_encoder": parts.get("te1")}
+    if "te2" in parts:
+        return StableDiffusionXLPipeline(**rest, **own, text_encoder_2=parts["te2"], tokenizer_2=None)
+    return StableDiffusionPipeline(
+        **rest, **own, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from reparam_diffusion.adapters.adalora import Adalora, AdaloraPlan
-from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.adapters.base import METHODS, Adapter
 from reparam_diffusion.adapters.foreign import Full, Stack
 from reparam_diffusion.adapters.loha import Loha, LohaPlan
 from reparam_diffusion.adapters.lokr import Lokr, LokrPlan
@@ -218,5 +218,5 @@ def form_name(adapter: Adapter | None) -> str:
         return "whole difference" if adapter.diff is not None else "bias"
     if isinstance(adapter, Oft):
         return f"OFT, blocks of {adapter.plan.block_size}"
-    rank = adapter.live_rank()
-    return adapter.name.upper() if rank is None else f"{adapter.name.upper()}, rank {rank}"
+    rank, title = adapter.live_rank(), METHODS[adapter.name].title if adapter.name in METHODS else adapter.name
+    return title if rank is None else f"{title}, rank {rank}"
