@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,20 @@ def beside(path: Path, *, keep: bool = True) -> Iterator[Path]:
             hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_beside(path: Path) -> Iterator[Path]:
+    """As `beside`, for a whole folder; `path` must not exist yet."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
+    try:
+        with telling(path):
+            hidden.mkdir(parents=True)
+        yield hidden
+        with telling(path):
+            hidden.rename(path)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 @contextmanager

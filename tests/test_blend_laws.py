@@ -20,7 +20,7 @@ from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.blend.blending import blend_files, blended, settle_form, settle_options
 from reparam_diffusion.gallery.blend.forms import Form
-from reparam_diffusion.gallery.blend.result import Progress, Report, finished
+from reparam_diffusion.gallery.blend.result import Progress, finished
 from reparam_diffusion.gallery.blend.sources import Base, Opened, Source
 from reparam_diffusion.inject import attach, find_module
 from reparam_diffusion.maths.change import Change
@@ -359,4 +359,3 @@ def test_unknown_methods_and_options_are_told_with_the_known_ones() -> None:
 
 def test_every_method_of_adapters_is_among_the_sources() -> None:
     assert set(SPECS) == set(METHODS)
-    assert isinstance(Report, type)

@@ -27,6 +27,7 @@ from reparam_diffusion.formats.names import Family, Parts, kohya_key, layout_of,
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.maths.lowrank import relative
+from reparam_diffusion.models.pipeline import pipeline_over
 
 AGREES = 1e-3
 """Largest relative difference of a layer's change that counts as the same; rounding stays far below."""
@@ -125,7 +126,7 @@ def diffusers_reading(file: Path, parts: Parts) -> Reading:
     program = f"diffusers {installed('diffusers')}"
     if any(parameter.is_meta for parameter in parts["unet"].parameters()):
         return Reading(program, failed="not asked: that needs the base model's weights")
-    pipeline = _pipeline_over(parts)
+    pipeline = pipeline_over(parts)
     sites = list(read_adapter(file).locate(parts)[0])
     with _put_back(parts, sites):
         try:
@@ -142,19 +143,6 @@ def diffusers_reading(file: Path, parts: Parts) -> Reading:
         return layer.__call__
 
     return _compare(program, file, parts, put_on)
-
-
-def _pipeline_over(parts: Parts) -> Any:
-    """A diffusers pipeline with these parts and nothing to draw with. Any: its classes are not imported here."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    rest = {"vae": None, "tokenizer": None, "scheduler": DDIMScheduler(steps_offset=1, clip_sample=False)}
-    own = {"unet": parts["unet"], "text_encoder": parts.get("te1")}
-    if "te2" in parts:
-        return StableDiffusionXLPipeline(**rest, **own, text_encoder_2=parts["te2"], tokenizer_2=None)
-    return StableDiffusionPipeline(
-        **rest, **own, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
 
 
 @contextmanager

@@ -175,13 +175,13 @@ def export(
     from reparam_diffusion.gallery.blend.sources import base_for
     from reparam_diffusion.gallery.shelf import find
 
-    wanted = _one_of(target, TARGETS, "target")
+    wanted = one_of(target, TARGETS, "target")
     path = Path(source) if Path(source).exists() else find(source, workspace)
     base = base_for([read_adapter(path)], model or None)
     steps = export_adapter(
-        path, out, parts=base.parts, family=base.family, target=wanted, precision=_precision(precision), strip=strip
+        path, out, parts=base.parts, family=base.family, target=wanted, precision=precision_of(precision), strip=strip
     )
-    done = _last(steps, as_json=as_json)
+    done = follow(steps, as_json=as_json)
     assert isinstance(done, Exported)
     typer.echo(json.dumps(done.to_dict(), indent=1) if as_json else "\n".join([str(out), *done.sentences()]))
 
@@ -225,21 +225,21 @@ def _make(
     with tempfile.TemporaryDirectory() as place:
         target = out or Path(place) / "result.safetensors"
         more: dict[str, Any] = {"method": method, "options": options, "model": model or None, "title": title}
-        report = _last(
-            blend_files(sources, target, form=form, precision=_precision(precision), **more), as_json=as_json
+        report = follow(
+            blend_files(sources, target, form=form, precision=precision_of(precision), **more), as_json=as_json
         )
         assert isinstance(report, Report)
         told = report.to_dict()
         if picture:
             exact = Path(place) / "exact.safetensors"
-            _last(blend_files(sources, exact, precision="fp32", **more), as_json=as_json)
+            follow(blend_files(sources, exact, precision="fp32", **more), as_json=as_json)
             told["picture"] = str(_draw(model, picture, exact, target, (out or workspace / "images" / f"{title}.png")))
         if out is None:
             told["file"] = str(add(target, workspace, name=title, facts=_notes(target)))
-    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(_lines(report, told)))
+    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))
 
 
-def _lines(report: Report, told: dict[str, object]) -> list[str]:
+def report_lines(report: Report, told: dict[str, object]) -> list[str]:
     """A result for a person: where it is, what it loses, and where most."""
     rows = [f"{told['file']}", f"{len(report.layers)} layers, relative error {report.error:.2e}"]
     if report.error > 1e-3:
@@ -267,7 +267,7 @@ def _draw(model: str, prompt: str, exact: Path, result: Path, beside: Path) -> P
     return target
 
 
-def _last(steps: Iterator[Any], *, as_json: bool) -> Any:
+def follow(steps: Iterator[Any], *, as_json: bool) -> Any:
     """Run a work to its end with a bar on standard error. Any: progress and the result are told apart by the caller."""
     from rich.console import Console
     from rich.progress import Progress as Bar
@@ -296,11 +296,11 @@ def _list_methods() -> None:
             typer.echo(f"    {option} = {field.default}   {field.description}")
 
 
-def _precision(text: str) -> Any:
-    return _one_of(text, ("fp32", "fp16", "bf16"), "precision")
+def precision_of(text: str) -> Any:
+    return one_of(text, ("fp32", "fp16", "bf16"), "precision")
 
 
-def _one_of(text: str, known: Iterable[str], what: str) -> Any:  # Any: one of the caller's literals, checked here
+def one_of(text: str, known: Iterable[str], what: str) -> Any:  # Any: one of the caller's literals, checked here
     if text not in known:
         raise UserError(f'There is no {what} "{text}".', do=f"Take one of {', '.join(known)}.")
     return text

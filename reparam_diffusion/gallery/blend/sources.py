@@ -123,6 +123,10 @@ class Opened:
             rows.append(Layer(site, module, digest, strength, adapter))
         return rows
 
+    def leaves(self, site: str) -> set[str]:
+        """The names of all tensors that the files have at a site."""
+        return {leaf for located in self._located if site in located for leaf in located[site].leaves}
+
     def _locate(self, file: AdapterFile) -> dict[str, Site]:
         if file.base not in ("unknown", self.base.family):
             raise UserError(
