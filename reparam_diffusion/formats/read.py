@@ -17,6 +17,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
 from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
+from reparam_diffusion.formats.mapped import Mapped
 from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, module_at, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
 
@@ -73,11 +74,22 @@ class AdapterFile:
     metadata: dict[str, str]
     unmatched: Unmatched
     _sites: dict[str, Site]
+    _maps: tuple[Mapped, ...] = ()
+
+    def let_go(self) -> None:
+        """Free the memory that reading layers has taken so far; what is needed again is read again."""
+        for mapped in self._maps:
+            mapped.let_go()
 
     @property
     def sites(self) -> list[str]:
         """Canonical flat names of the layers, such as "unet.mid_block_attentions_0_proj_in"."""
         return list(self._sites)
+
+    @property
+    def layers(self) -> dict[str, Site]:
+        """The layers' tensors by canonical flat name."""
+        return self._sites
 
     @property
     def method(self) -> str:
@@ -157,7 +169,8 @@ def read_adapter(path: Path | str) -> AdapterFile:
         told = [f"{key}: {why}." for key, why in unmatched if why != NO_NAME]
         why, do = (told[0], "Check the file.") if told else what_instead(pieces[0].tensors)
         raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
-    return AdapterFile(path, metadata, unmatched, sites)
+    maps = tuple(piece.mapped for piece in pieces if piece.mapped is not None)
+    return AdapterFile(path, metadata, unmatched, sites, maps)
 
 
 def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:

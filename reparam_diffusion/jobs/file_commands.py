@@ -173,10 +173,9 @@ def export(
     from reparam_diffusion.formats.export import TARGETS, Exported, export_adapter
     from reparam_diffusion.formats.read import read_adapter
     from reparam_diffusion.gallery.blend.sources import base_for
-    from reparam_diffusion.gallery.shelf import find
 
     wanted = one_of(target, TARGETS, "target")
-    path = Path(source) if Path(source).exists() else find(source, workspace)
+    path = path_of(source, workspace)
     base = base_for([read_adapter(path)], model or None)
     steps = export_adapter(
         path, out, parts=base.parts, family=base.family, target=wanted, precision=precision_of(precision), strip=strip
@@ -186,10 +185,16 @@ def export(
     typer.echo(json.dumps(done.to_dict(), indent=1) if as_json else "\n".join([str(out), *done.sentences()]))
 
 
+def path_of(name: str, workspace: Path) -> Path:
+    """A file or folder by its path, or by its name in the gallery."""
+    from reparam_diffusion.gallery.shelf import find
+
+    return Path(name) if Path(name).exists() else find(name, workspace)
+
+
 def source_of(text: str, workspace: Path) -> Source:
     """FILE[:strength[:te_strength[:block=factor,…]]] -> a Source; a name is looked up in the gallery."""
     from reparam_diffusion.gallery.blend.sources import Source
-    from reparam_diffusion.gallery.shelf import find
 
     words = text.split(":")
     blocks: dict[str, float] = {}
@@ -199,7 +204,7 @@ def source_of(text: str, workspace: Path) -> Source:
     while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
         numbers.insert(0, float(words.pop()))
     name = ":".join(words)
-    path = Path(name) if Path(name).exists() else find(name, workspace)
+    path = path_of(name, workspace)
     return Source(path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None, blocks)
 
 

@@ -105,7 +105,9 @@ class Opened:
         return list(found)
 
     def layers(self, site: str) -> list[Layer]:
-        """What every file of the blend does to a site, built now and forgotten after."""
+        """What every file of the blend does to a site, built now; what was read for the one before is let go."""
+        for file in self.files:
+            file.let_go()
         module = module_at(self.base.parts, site)
         rows = []
         for source, file, digest, located in zip(self.sources, self.files, self.hashes, self._located, strict=True):
