@@ -10,13 +10,18 @@ from pathlib import Path
 
 from reparam_diffusion.errors import UserError
 
-LARGEST_FILE = "100mb"
+LARGEST_FILE = "4gb"  # an SDXL adapter dropped into the gallery; pictures have a limit of their own
+SPACE_HOST = "0.0.0.0"  # a Space's container is reached from outside through Hugging Face alone
 
 
 def read_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line's options."""
     parser = argparse.ArgumentParser(description="Open the page that trains, tries and exports adapters.")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument(
+        "--host",
+        default=SPACE_HOST if is_space() else "127.0.0.1",
+        help="address to listen on (default: this machine only)",
+    )
     parser.add_argument("--port", type=int, help="port to listen on (default: the first free one from 7860)")
     parser.add_argument("--workspace", type=Path, default=Path("workspace"), help="folder for everything that is made")
     parser.add_argument("--share", action="store_true", help="also give a public link; needs --auth")
@@ -32,7 +37,7 @@ def check_safe(options: argparse.Namespace) -> tuple[str, str] | None:
         if not (name and colon and password):
             raise UserError("--auth is not complete.", do="Write it as --auth name:password.")
         auth = name, password
-    if auth is None and (options.share or not is_loopback(options.host)):
+    if auth is None and (options.share or not (is_loopback(options.host) or is_space())):
         what = "--share" if options.share else f"--host {options.host}"
         raise UserError(
             f"{what} needs --auth.",
@@ -40,6 +45,11 @@ def check_safe(options: argparse.Namespace) -> tuple[str, str] | None:
             "Add --auth name:password.",
         )
     return auth
+
+
+def is_space() -> bool:
+    """Whether this runs as a Hugging Face Space, whose own settings say who may see it."""
+    return "SPACE_ID" in os.environ
 
 
 def is_loopback(host: str) -> bool:

@@ -121,6 +121,7 @@ def generate(
     count: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures.")] = 1,
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    scheduler: Annotated[str, typer.Option(help='Such as "DDIM" or "Euler a"; the model\'s own by default.')] = "",
     out: Annotated[Path | None, typer.Option(help="A .png file, or a folder.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     workspace: Workspace = Path("workspace"),
@@ -128,7 +129,8 @@ def generate(
 ) -> None:
     """Draw pictures, with any number of adapters at any strength."""
     from reparam_diffusion.apply import generate as make
-    from reparam_diffusion.gallery.images import save_pictures
+    from reparam_diffusion.gallery import images
+    from reparam_diffusion.gallery.recipe import filled, make_recipe
     from reparam_diffusion.gallery.shelf import find
     from reparam_diffusion.models.load import load_model
     from reparam_diffusion.models.sample import split_tags
@@ -140,31 +142,42 @@ def generate(
         raise UserError(
             f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
         )
+    used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
     base = load_model(model, device=device)
-    with _bar("Drawing", (steps or base.habits.steps) * count) as advance:
+    values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
+    values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
+    recipe = filled(make_recipe(values), base)
+    with _bar("Drawing", (recipe.steps or 0) * count) as advance:
         warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
         pictures = make(
             base,
             text,
             adapters=chosen,
-            negative=negative,
+            negative=recipe.negative,
             seed=seed,
-            steps=steps,
-            guidance=guidance,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
             count=count,
-            width=width,
-            height=height,
+            width=recipe.width,
+            height=recipe.height,
+            scheduler=scheduler,
             on_step=advance,
         )
-    facts = {
-        "steps": steps or base.habits.steps,
-        "guidance": base.habits.guidance if guidance is None else guidance,
-        "model": base.name,
-        "negative": base.habits.negative if negative is None else negative,
-        "adapters": [(Path(path).stem, strength, te) for path, strength, te in chosen],
-    }
-    for path in save_pictures(pictures, text, seed=seed, facts=facts, out=out, workspace=workspace):
+    for number, picture in enumerate(pictures):
+        own = recipe.model_copy(update={"seed": seed + number})
+        path = images.save_picture(picture, own, _place(out, workspace, own.seed, number=number, count=count))
         typer.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
+
+
+def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: int) -> Path:
+    """Where a picture goes: the file named (numbered when there are several), a folder, or the workspace."""
+    from reparam_diffusion.gallery.images import new_name
+
+    if out is None:
+        return new_name(workspace, str(seed))
+    if out.suffix.lower() == ".png":
+        return out if count == 1 else out.with_stem(f"{out.stem}-{number + 1}")
+    return out / f"{seed}.png"
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.read import read_adapter
-from reparam_diffusion.inject import Injection, attach, merged
+from reparam_diffusion.inject import Injection, Merge, attach, merged
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.sample import draw
+from reparam_diffusion.models.sample import OnLook, OnStep, draw
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,18 +97,26 @@ def generate(
     height: int | None = None,
     count: int = 1,
     clip_skip: int = 0,
-    on_step: Callable[[int, int], bool] | None = None,
+    scheduler: str = "",
+    on_step: OnStep | None = None,
+    on_look: OnLook | None = None,
 ) -> list[Image]:
     """`count` pictures from seeds seed, seed + 1, …, with the adapters merged in for the time of the drawing.
 
-    Steps, guidance and negative prompt default to the model's own. `on_step(done, total)` may return True to cancel.
-    Warns of an adapter's keys that do not fit the model.
+    Steps, guidance, negative prompt and scheduler default to the model's own. `on_step(done, total)` may return True
+    to cancel; `on_look` is given early looks. Warns of an adapter's keys that do not fit the model.
     """
     if not prompt.strip():
         raise UserError("The prompt is empty.", do="Say what to draw.")
     if count < 1:
         raise UserError("The number of pictures must be at least 1.")
-    weighted = [_weighted(model, choice) for choice in adapters]
+    weighted = []
+    for choice in adapters:
+        path, strength = _strengths(choice)
+        found, unmatched = bind(model, path)
+        if unmatched:
+            warnings.warn(_left_out(path, unmatched), stacklevel=2)
+        weighted.append((found, strength))
     with merged(model.parts, weighted):
         return draw(
             model,
@@ -120,22 +128,69 @@ def generate(
             width=width,
             height=height,
             clip_skip=clip_skip,
+            scheduler=scheduler,
             on_step=on_step,
+            on_look=on_look,
         )
 
 
-def _weighted(model: Model, choice: AdapterChoice) -> tuple[Mapping[str, Adapter], Callable[[str], float]]:
+class Easel:
+    """A model whose merged adapters change from picture to picture, each change at the cost of what differs.
+
+    Files are read once, as long as they stay what they were. `put` says exactly what is on; nothing else ever is.
+    """
+
+    def __init__(self, model: Model, *, keep: int = 24) -> None:
+        self.model = model
+        self._merge = Merge(model.parts)
+        self._keep = keep
+        self._read: dict[Path, tuple[object, dict[str, Adapter], list[tuple[str, str]]]] = {}
+
+    def put(self, choices: Sequence[AdapterChoice]) -> list[str]:
+        """Have exactly these adapters merged; gives a sentence for each file that does not fit as a whole."""
+        weighted, notes = [], []
+        for choice in choices:
+            path, strength = _strengths(choice)
+            adapters, unmatched = self._file(Path(path))
+            if unmatched:
+                notes.append(_left_out(path, unmatched))
+            weighted.append((adapters, strength))
+        self._merge.settle(weighted)
+        return notes
+
+    def clear(self) -> None:
+        """The model as it was, bit for bit."""
+        self._merge.restore()
+
+    def _file(self, path: Path) -> tuple[dict[str, Adapter], list[tuple[str, str]]]:
+        """The adapters in a file, from before when the file has not changed since."""
+        sign = _sign(path)
+        known = self._read.pop(path, None)
+        if known is None or known[0] != sign:
+            known = (sign, *bind(self.model, path))
+        self._read[path] = known  # the newest last
+        while len(self._read) > self._keep:
+            del self._read[next(iter(self._read))]
+        return known[1], known[2]
+
+
+def _sign(path: Path) -> object:
+    """What tells a file (or a PEFT folder) from its next version: sizes and times."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return [(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def _strengths(choice: AdapterChoice) -> tuple[str | Path, Callable[[str], float]]:
+    """The file of a choice, and its strength at each site."""
     if isinstance(choice, str | Path):
         choice = (choice, 1.0)
     path, strength = choice[0], choice[1]
     text = choice[2] if len(choice) == 3 and choice[2] is not None else strength
     if not (math.isfinite(strength) and math.isfinite(text)):
         raise UserError(f"The strength of {Path(path).name} is no number.", do="Use a number such as 0.8.")
-    adapters, unmatched = bind(model, path)
-    if unmatched:
-        key, why = unmatched[0]
-        warnings.warn(
-            f"{len(unmatched)} keys of {Path(path).name} do not fit this model and are left out, such as {key}: {why}.",
-            stacklevel=3,
-        )
-    return adapters, lambda site: strength if site.startswith("unet.") else text
+    return path, lambda site: strength if site.startswith("unet.") else text
+
+
+def _left_out(path: str | Path, unmatched: list[tuple[str, str]]) -> str:
+    key, why = unmatched[0]
+    return f"{len(unmatched)} keys of {Path(path).name} do not fit this model and are left out, such as {key}: {why}."

@@ -1,4 +1,4 @@
-"""What a training run says while it works: frozen values, one JSON line each."""
+"""What a training run, or a drawing, says while it works: frozen values, one JSON line each."""
 
 from __future__ import annotations
 
@@ -137,6 +137,21 @@ class Finished(Event):
     step: int
     path: str
     seconds: float
+
+
+@dataclass(frozen=True)
+class Drawn(Event):
+    """A picture of a request is finished; `path` is relative to the workspace. `sheet`: it shows all of them."""
+
+    number: int
+    path: str
+    seconds: float
+    sheet: bool = False
+
+
+@dataclass(frozen=True)
+class Cancelled(Event):
+    """A request was cancelled; what was drawn before stays."""
 
 
 _KINDS = {kind.__name__: kind for kind in Event.__subclasses__()}

@@ -10,7 +10,7 @@ import fnmatch
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -194,32 +194,91 @@ def reset_compiled() -> None:
         dynamo.reset()
 
 
-@contextmanager
-def merged(parts: Parts, weighted: Sequence[tuple[Mapping[str, Adapter], Callable[[str], float]]]) -> Iterator[None]:
-    """The model with W + Σ s·Δ(W) in its weights; `weighted` pairs adapters with a strength for each site.
+Weighted = Sequence[tuple[Mapping[str, Adapter], Callable[[str], float]]]
+"""Adapters by site, each set with a strength for each site."""
 
-    Originals are kept and put back bit for bit, also when the body fails.
+
+@dataclass
+class _Merged:
+    """One site while something is merged there: its untouched tensors, and what is on them now."""
+
+    host: Host
+    weight: Tensor
+    bias: nn.Parameter | None
+    changes: list[tuple[Adapter, float]] = field(default_factory=list)
+
+
+class Merge:
+    """W + Σ s·Δ(W) in the weights of a model. A change costs only the sites that differ from what is there.
+
+    Originals are kept (a GPU's in host memory) and put back bit for bit.
     """
-    originals: dict[str, tuple[nn.Module, Tensor, Tensor | None]] = {}
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._sites: dict[str, _Merged] = {}
+
+    def settle(self, weighted: Weighted) -> int:
+        """Have exactly these adapters merged; says how many sites were touched. After an error nothing is merged."""
+        wanted = _by_site(weighted)
+        touched = 0
+        try:
+            for site in [site for site in self._sites if site not in wanted]:
+                self._put_back(site)
+                touched += 1
+            for site, changes in wanted.items():
+                if site not in self._sites or self._sites[site].changes != changes:
+                    self._merge(site, changes)
+                    touched += 1
+        except BaseException:
+            self.restore()
+            raise
+        return touched
+
+    def restore(self) -> None:
+        """Put every original back."""
+        for site in list(self._sites):
+            self._put_back(site)
+
+    @torch.no_grad()
+    def _merge(self, site: str, changes: list[tuple[Adapter, float]]) -> None:
+        here = self._sites.get(site)
+        if here is None:
+            here = self._sites[site] = self._keep(Host(find_module(self._parts, site)))
+        here.changes = []  # until the new ones are whole
+        _merge_site(here, changes)
+        here.changes = changes
+
+    def _keep(self, host: Host) -> _Merged:
+        """The untouched tensors of a site: a CPU's as they are, with room for the sum beside; a GPU's as copies."""
+        weight, bias = host.weight.data, host.module.bias
+        assert bias is None or isinstance(bias, nn.Parameter)
+        if weight.device.type == "cpu":
+            host.weight.data = torch.empty_like(weight)
+            return _Merged(host, weight, bias)
+        return _Merged(host, weight.cpu(), bias)
+
+    def _put_back(self, site: str) -> None:
+        here = self._sites.pop(site)
+        if here.host.weight.device.type == "cpu":
+            here.host.weight.data = here.weight
+        else:
+            here.host.weight.data.copy_(here.weight)
+        here.host.module.bias = here.bias  # type: ignore[assignment]  # nn.Module's stub knows no missing bias
+
+
+@contextmanager
+def merged(parts: Parts, weighted: Weighted) -> Iterator[None]:
+    """The model with W + Σ s·Δ(W) in its weights; it is as it was when the body ends, however it ends."""
+    merge = Merge(parts)
     try:
-        for site, changes in _by_site(weighted).items():
-            module = find_module(parts, site)
-            host = Host(module)
-            originals[site] = (module, host.weight.data, None if host.bias is None else host.bias.data)
-            _merge_site(host, changes)
+        merge.settle(weighted)
         yield
     finally:
-        for module, weight, bias in originals.values():
-            module.weight.data = weight
-            if bias is None:
-                module.bias = None  # type: ignore[assignment]
-            else:
-                module.bias.data = bias
+        merge.restore()
 
 
-def _by_site(
-    weighted: Sequence[tuple[Mapping[str, Adapter], Callable[[str], float]]],
-) -> dict[str, list[tuple[Adapter, float]]]:
+def _by_site(weighted: Weighted) -> dict[str, list[tuple[Adapter, float]]]:
     sites: dict[str, list[tuple[Adapter, float]]] = {}
     for adapters, strength in weighted:
         for site, adapter in adapters.items():
@@ -228,23 +287,26 @@ def _by_site(
     return sites
 
 
-@torch.no_grad()
-def _merge_site(host: Host, changes: Sequence[tuple[Adapter, float]]) -> None:
-    """Put a new weight tensor in; the old one stays untouched in the caller's hands."""
-    weight, bias = host.weight.data, None if host.bias is None else host.bias.data
-    for adapter, _ in changes:
-        adapter.to(weight.device)
-    change = sum_of(adapter.delta(weight) * strength for adapter, strength in changes)
-    host.weight.data = (at_least_float(weight) + change).to(weight.dtype)
-    added: list[Tensor] = []
+def _merge_site(here: _Merged, changes: Sequence[tuple[Adapter, float]]) -> None:
+    """Write the sums of the untouched tensors and the changes into the module's own."""
+    target = here.host.weight.data
+    weight = here.weight.to(target.device)
+    total = target if target.dtype == at_least_float(weight).dtype else torch.empty_like(weight, dtype=torch.float32)
+    before = at_least_float(weight)
     for adapter, strength in changes:
-        moved = adapter.delta_bias(bias)
-        if moved is not None:
-            added.append(moved * strength)
+        adapter.to(target.device)
+        before = torch.add(before, adapter.delta(weight), alpha=strength, out=total)
+    if total is not target:
+        target.copy_(total)
+    here.host.module.bias = _merged_bias(here.bias, changes, dtype=target.dtype)  # type: ignore[assignment]
+
+
+def _merged_bias(
+    bias: nn.Parameter | None, changes: Sequence[tuple[Adapter, float]], *, dtype: torch.dtype
+) -> nn.Parameter | None:
+    """The bias with what the adapters add to it; a foreign file may bring one where the host has none."""
+    added = [(moved, strength) for adapter, strength in changes if (moved := adapter.delta_bias(bias)) is not None]
     if not added:
-        return
-    total = sum_of(iter(added))
-    if host.bias is None or bias is None:  # a foreign file may bring a bias of its own; `merged` takes it off again
-        host.module.bias = nn.Parameter(total.to(weight.dtype), requires_grad=False)
-    else:
-        host.bias.data = (at_least_float(bias) + total).to(bias.dtype)
+        return bias
+    total = sum_of(moved * strength for moved, strength in added)
+    return nn.Parameter((total if bias is None else at_least_float(bias) + total).to(dtype), requires_grad=False)

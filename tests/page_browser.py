@@ -31,6 +31,7 @@ FLAGS = [
 
 
 SLOW = 120_000  # milliseconds; the machine may be busy with other tests
+expect.set_options(timeout=SLOW)
 
 Open = Callable[..., Page]
 """Opens a page in a browser profile of its own: width= and height= in pixels, scheme= "light" or "dark"."""
@@ -86,7 +87,7 @@ def open_pages(browser: Browser, served: Served) -> Iterator[Open]:
         page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(served.address)
-        expect(page.get_by_role("tab", name="Train")).to_be_visible(timeout=SLOW)
+        expect(page.get_by_role("tab", name="Train")).to_be_visible()
         return page
 
     yield opened

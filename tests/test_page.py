@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from page_browser import SLOW, Open, Served, open_browser, open_pages, serve_page
+from page_browser import Open, Served, open_browser, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from run_folders import wait_for
@@ -66,10 +66,10 @@ def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(o
     expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
     expect(page.get_by_label("Trigger word")).to_have_value("sks")
     start_small_run(page)
-    expect(page.get_by_text(re.compile(r"Step \d of 4"))).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text(re.compile(r"Step \d of 4"))).to_be_visible()
     page.reload()
-    expect(page.get_by_text(re.compile(r"Step \d of 4"))).to_be_visible(timeout=SLOW)
-    expect(page.get_by_text("Finished", exact=True)).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text(re.compile(r"Step \d of 4"))).to_be_visible()
+    expect(page.locator("#progress .chip")).to_have_text("Finished")
     expect(page.get_by_role("img", name=re.compile("^Loss from")).first).to_be_visible()
     for alt in ("^Base model: a 3d icon of sks toy", "^With the adapter, step 4: a 3d icon of sks toy"):
         picture = page.get_by_role("img", name=re.compile(alt)).first
@@ -97,7 +97,7 @@ def test_a_bad_picture_is_named_and_the_others_are_kept(opened: Open, tmp_path: 
     page = opened()
     page.get_by_role("tab", name="Train").click()
     page.locator("#drop input[type=file]").set_input_files(sorted(tmp_path.iterdir()))
-    expect(page.get_by_text("1 picture ready, 1 with a caption.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("1 picture ready, 1 with a caption.")).to_be_visible()
     expect(page.locator(".refused")).to_contain_text("is left out. It is not a picture that can be read.")
     expect(page.locator(".refused")).to_contain_text("holiday")
 
@@ -152,16 +152,16 @@ def test_the_form_survives_a_reload_with_its_pictures_and_edited_captions(opened
     page = opened()
     page.get_by_role("tab", name="Train").click()
     page.get_by_role("button", name="Rocket").click()
-    expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
     page.get_by_label("Trigger word").fill("zwx")
-    page.get_by_text("LoKr", exact=False).first.click()
+    page.get_by_role("radio", name=re.compile("^LoKr")).check()
     page.get_by_role("button", name="Captions of 6 pictures").click()
     page.get_by_label("Caption of 01.png").fill("a zwx rocket <i>over</i> Paris")
     page.get_by_label("Leave 02.png out").click()
     expect(page.get_by_text("5 pictures ready")).to_be_visible()
     page.wait_for_timeout(500)
     page.reload()
-    expect(page.get_by_text("5 pictures ready, 5 with a caption.")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("5 pictures ready, 5 with a caption.")).to_be_visible()
     expect(page.get_by_label("Trigger word")).to_have_value("zwx")
     expect(page.get_by_role("radio", name=re.compile("^LoKr"))).to_be_checked()
     page.get_by_role("button", name="Captions of 5 pictures").click()
@@ -172,34 +172,35 @@ def test_a_run_is_paused_resumed_and_stopped_and_a_second_one_waits_for_it(opene
     page = opened()
     page.get_by_role("tab", name="Train").click()
     page.get_by_role("button", name="Teddy bear").click()
-    expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("6 pictures ready")).to_be_visible()
     start_small_run(page, steps=2000)
-    expect(page.get_by_text(re.compile(r"Step \d+ of 2000"))).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text(re.compile(r"Step \d+ of 2000"))).to_be_visible()
 
     other = opened()  # another tab of another person, who wants the machine too
+    expect(other.locator("#progress .chip")).to_have_text("Training")  # what goes on is what a fresh page shows
     other.get_by_role("tab", name="Train").click()
     other.get_by_role("button", name="Rocket").click()
-    expect(other.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    expect(other.get_by_text("6 pictures ready")).to_be_visible()
     start_small_run(other, steps=3)
-    expect(other.locator("#progress")).to_contain_text("next in the queue", timeout=SLOW)
+    expect(other.locator("#progress")).to_contain_text("next in the queue")
     other.get_by_role("button", name="Take out of the queue").click()
-    expect(other.locator("#progress")).to_contain_text("Not started", timeout=SLOW)
-    expect(page.locator("#run-list")).to_contain_text("sks-aircraft-lora", timeout=SLOW)
+    expect(other.locator("#progress")).to_contain_text("Not started")
+    expect(page.locator("#run-list")).to_contain_text("sks-aircraft-lora")
 
     page.get_by_role("button", name="Pause", exact=True).click()
-    expect(page.locator("#progress .chip")).to_have_text("Paused", timeout=SLOW)
+    expect(page.locator("#progress .chip")).to_have_text("Paused")
     page.get_by_role("button", name="Resume", exact=True).click()
-    expect(page.locator("#progress .chip")).to_have_text("Training", timeout=SLOW)
-    expect(page.get_by_role("button", name="Sample now")).to_be_visible(timeout=SLOW)
+    expect(page.locator("#progress .chip")).to_have_text("Training")
+    expect(page.get_by_role("button", name="Sample now")).to_be_visible()
     page.get_by_role("button", name="Stop", exact=True).click()
-    expect(page.locator("#progress .chip")).to_have_text("Stopped", timeout=SLOW)
-    expect(page.get_by_role("button", name="Try it")).to_be_visible(timeout=SLOW)
+    expect(page.locator("#progress .chip")).to_have_text("Stopped")
+    expect(page.get_by_role("button", name="Try it")).to_be_visible()
     page.get_by_role("button", name="Train again with these settings").click()
-    expect(page.get_by_label("Trigger word")).to_have_value("sks", timeout=SLOW)
-    expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_label("Trigger word")).to_have_value("sks")
+    expect(page.get_by_text("6 pictures ready")).to_be_visible()
     page.get_by_role("tab", name="Runs").click()
     page.get_by_role("button", name="Move to bin").click()
-    expect(page.get_by_text("Moved to bin/runs/")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_text("Moved to bin/runs/")).to_be_visible()
     assert list((served.workspace / "bin" / "runs").iterdir())
     assert fetch(served, next((served.workspace / "bin" / "runs").glob("*/config.toml"))) in (403, 404)
 
@@ -208,9 +209,9 @@ def test_a_run_goes_on_while_the_server_is_killed_and_a_killed_worker_is_lost(br
     with serve_page(tmp_path) as served, open_pages(browser, served) as opened:
         page = opened()
         page.get_by_role("button", name="Teddy bear").click()
-        expect(page.get_by_text("6 pictures ready")).to_be_visible(timeout=SLOW)
+        expect(page.get_by_text("6 pictures ready")).to_be_visible()
         start_small_run(page, steps=3000)
-        expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible(timeout=SLOW)
+        expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible()
         run = next((served.workspace / "runs").iterdir())
         page.close()
         before = runs.state_of(run).step
@@ -219,8 +220,8 @@ def test_a_run_goes_on_while_the_server_is_killed_and_a_killed_worker_is_lost(br
         assert runs.state_of(run).state == "running"
         with serve_page(tmp_path, port=served.port) as again, open_pages(browser, again) as opened_again:
             page = opened_again()
-            expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible(timeout=SLOW)
+            expect(page.get_by_text(re.compile(r"Step \d+ of 3000"))).to_be_visible()
             psutil.Process(runs.state_of(run).pid).kill()
-            expect(page.locator("#progress .chip")).to_have_text("Lost", timeout=SLOW)
+            expect(page.locator("#progress .chip")).to_have_text("Lost")
             expect(page.locator("#progress")).to_contain_text("The program ended without a word.")
-            expect(page.get_by_role("button", name=re.compile("Resume|Start again"))).to_be_visible(timeout=SLOW)
+            expect(page.get_by_role("button", name=re.compile("Resume|Start again"))).to_be_visible()

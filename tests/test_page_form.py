@@ -283,6 +283,12 @@ def test_a_page_open_to_strangers_without_a_password_is_refused(
     assert "--auth" in capsys.readouterr().err
 
 
+def test_a_space_is_reached_from_outside_and_guarded_by_its_own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPACE_ID", "me/mine")
+    options = app.read_options([])
+    assert options.host == "0.0.0.0" and app.check_safe(options) is None
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.0.1"])
 def test_the_own_machine_needs_no_password(host: str) -> None:
     assert app.check_safe(app.read_options(["--host", host])) is None

@@ -42,6 +42,8 @@ def plain_time(seconds: float) -> str:
 
 def plain_size(count: int) -> str:
     """ "1.9 MB" for a number of bytes."""
+    if count < 1e5:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 

@@ -11,7 +11,12 @@ import gradio as gr
 from reparam_diffusion.jobs import drafts, queue
 from ui import run_view, train_tab
 from ui.door import QUIET, guarded, open_log
+from ui.gallery_look import GalleryTab
+from ui.gallery_tab import build_gallery_tab
+from ui.generate_tab import GenerateTab, build_generate_tab, open_with
 from ui.run_view import RunView, build_run_view
+from ui.runs_api import add_runs_api
+from ui.settings_tab import build_settings_tab
 from ui.train_tab import TrainTab, build_train_tab
 
 HEAD = """<header class="masthead"><h1>Reparam Diffusion</h1>
@@ -31,8 +36,16 @@ def build_page(workspace: Path) -> gr.Blocks:
                 train = build_train_tab(workspace)
             with gr.Tab("Runs", id="runs"):
                 view = build_run_view(workspace)
+            with gr.Tab("Generate", id="generate"):
+                generate = build_generate_tab(workspace)
+            with gr.Tab("Gallery", id="gallery"):
+                gallery = build_gallery_tab(workspace)
+            with gr.Tab("Settings", id="settings"):
+                build_settings_tab(workspace)
+        add_runs_api(workspace, view.overview)
         _connect_start(workspace, tabs, train, view)
         _connect_opening(workspace, page, tabs, train, view)
+        _connect_trying(workspace, tabs, view, gallery, generate)
     page.queue(default_concurrency_limit=8)
     return page
 
@@ -44,7 +57,7 @@ def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunVie
         run, updates = train_tab.start(workspace, train, values)
         if run is None:
             return updates
-        return {**updates, tabs: gr.Tabs(selected="runs"), **run_view.look(view, run.name, {})}
+        return {**updates, tabs: gr.Tabs(selected="runs"), **run_view.chosen(view, run.name, {})}
 
     inputs = {train.pictures.draft, train.marked, *train.form.controls.values()}
     outputs = [tabs, *train.changing(), train.advanced.panel, train.advanced.tabs, *view.changing()]
@@ -57,13 +70,28 @@ def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunVie
     view.again.click(guarded(again, workspace), view.choice, [tabs, *train.changing()], **QUIET)
 
 
+def _connect_trying(workspace: Path, tabs: gr.Tabs, view: RunView, gallery: GalleryTab, generate: GenerateTab) -> None:
+    """ "Try it" opens Generate with the adapter and a prompt that calls it."""
+
+    def try_run(name: str | None) -> dict[Any, Any]:  # Any: as above
+        stem, prompt = run_view.adapter_of(view, name)
+        return {tabs: gr.Tabs(selected="generate"), **open_with(generate, [stem], prompt)}
+
+    def try_adapter(stem: str) -> dict[Any, Any]:  # Any: as above
+        return {tabs: gr.Tabs(selected="generate"), **open_with(generate, [stem])}
+
+    outputs = [tabs, *generate.changing()]
+    view.try_it.click(guarded(try_run, workspace), view.choice, outputs, **QUIET)
+    gallery.try_it.click(guarded(try_adapter, workspace), gallery.selected, outputs, **QUIET)
+
+
 def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: TrainTab, view: RunView) -> None:
     """A page that opens shows the form as this browser left it, and the run in its address or the live one."""
 
     def opened(kept: Any, request: gr.Request) -> dict[Any, Any]:  # Any: as above, and what a browser stored
         wanted = dict(request.query_params).get("run")
         name = view.overview.newest(wanted)
-        updates: dict[Any, Any] = {**run_view.look(view, name, {})}
+        updates: dict[Any, Any] = {**run_view.chosen(view, name, {})}
         is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
         if wanted == name or is_live:
             updates[tabs] = gr.Tabs(selected="runs" if name else "train")

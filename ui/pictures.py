@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import datasets, drafts
+from reparam_diffusion.jobs import captioner, datasets, drafts
 from ui import fragments
 from ui.door import QUIET, guarded
 
@@ -42,6 +43,10 @@ class Captions:
 
     panel: gr.Accordion
     rows: gr.HTML
+    model: gr.Textbox
+    describe: gr.Button
+    told: gr.HTML
+    timer: gr.Timer
 
 
 def draw_pictures() -> Pictures:
@@ -65,7 +70,17 @@ def draw_captions() -> Captions:
         about = "What each picture shows. Name what should change freely later, such as the background."
         gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
         rows = gr.HTML("", elem_id="captions", padding=False, js_on_load=TELL_CHANGES)
-    return Captions(panel, rows)
+        with gr.Row(elem_classes="settings-foot"):
+            model = gr.Textbox(
+                show_label=False,
+                placeholder="Folder of a BLIP or Florence-2 model",
+                max_lines=1,
+                min_width=200,
+                elem_id="describer",
+            )
+            describe = gr.Button("Describe pictures without a caption", min_width=240)
+        told = gr.HTML("", padding=False, elem_id="describing")
+    return Captions(panel, rows, model, describe, told, gr.Timer(1.0, active=False))
 
 
 def connect_pictures(
@@ -104,6 +119,38 @@ def connect_pictures(
 
     captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **QUIET)
     captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown[1:], **QUIET)
+
+
+def connect_describing(workspace: Path, pictures: Pictures, captions: Captions) -> None:
+    """A describer works in a process of its own; a timer shows what it has said until it ends."""
+    shown = [pictures.strip, captions.rows, captions.told, captions.timer]
+
+    def start(draft: str | None, model: str) -> list[Any]:
+        captioner.start(workspace, draft or "", model)
+        return ["Loading the model that describes pictures.", gr.Timer(active=True)]
+
+    def see(draft: str | None) -> list[Any]:
+        _, strip, _, rows = show_draft(workspace, draft)
+        progress = captioner.progress_of(workspace, draft or "")
+        if progress is None:
+            return [strip, rows, "", gr.Timer(active=False)]
+        is_over = progress.trouble or (progress.done and progress.done == progress.total)
+        return [strip, rows, described(progress), gr.Timer(active=not is_over)]
+
+    captions.describe.click(
+        guarded(start, workspace), [pictures.draft, captions.model], [captions.told, captions.timer], **QUIET
+    )
+    captions.timer.tick(guarded(see, workspace), pictures.draft, shown, **QUIET)
+
+
+def described(progress: captioner.Progress) -> str:
+    """How far the describer is, or what stopped it."""
+    if progress.trouble:
+        return f'<p class="callout bad" role="alert">{escape(progress.trouble)}</p>'
+    if not progress.total:
+        return '<p class="quiet" role="status">Loading the model that describes pictures.</p>'
+    words = "Described" if progress.done == progress.total else "Describing"
+    return f'<p class="quiet" role="status">{words} {progress.done} of {progress.total} pictures.</p>'
 
 
 def show_draft(workspace: Path, draft: str | None) -> list[Any]:

@@ -101,7 +101,7 @@ def _picture(folder: Path, state: RunState) -> str:
         return '<span class="no-picture" aria-hidden="true"></span>'
     serve(folder / "samples")
     file = folder / drawn[-1].path
-    return f'<img src="{link_to(file)}?{age_of(file)}" alt="" width="40" height="40" loading="lazy">'
+    return f'<img src="{link_to(file)}?{age_of(file)}" alt="Newest preview" width="40" height="40" loading="lazy">'
 
 
 def _queue_buttons(name: str, place: int, waiting: int) -> str:

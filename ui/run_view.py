@@ -15,7 +15,7 @@ import gradio as gr
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
-from reparam_diffusion.jobs.overview import Overview
+from reparam_diffusion.jobs.overview import Overview, overview_of
 from ui import run_fragments as pieces
 from ui.door import QUIET, guarded
 from ui.plot import loss_plot
@@ -23,9 +23,9 @@ from ui.plot import loss_plot
 OFTEN, SELDOM = 1.0, 4.0  # seconds between two looks while something goes on, and otherwise
 NO_RUN = '<p class="quiet empty">Choose a run, or start one under “Train”.</p>'
 
-Updates = dict[gr.components.Component, Any]
+Updates = dict[gr.blocks.Block, Any]
 """What a handler changes, by control. Any: gradio's updates."""
-Contents = dict[gr.components.Component, tuple[Any, Any]]
+Contents = dict[gr.blocks.Block, tuple[Any, Any]]
 """For each control a sign of what it shows, and the update (or how to make it). Any: values of many kinds."""
 
 
@@ -45,13 +45,15 @@ class RunView:
     again: gr.Button
     bin: gr.Button
     result: gr.HTML
+    before_after: gr.Column
     pairs: gr.HTML
+    curves: gr.Column
     loss: gr.HTML
     details: gr.HTML
     timer: gr.Timer
     shown: gr.State
 
-    def changing(self) -> list[gr.components.Component]:
+    def changing(self) -> list[gr.blocks.Block]:
         """Everything that a look may change."""
         return [control for name, control in vars(self).items() if name != "overview"]
 
@@ -73,16 +75,16 @@ def build_run_view(workspace: Path) -> RunView:
                 again = _button("Train again with these settings", "again")
                 bin_ = _button("Move to bin", "bin-run")
             result = gr.HTML("", elem_id="result", padding=False)
-            with gr.Column(elem_classes="card"):
+            with gr.Column(elem_classes="card", visible=False, elem_id="before-after") as before_after:
                 gr.HTML("<h2>Before and after</h2>", padding=False)
                 pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB)
-            with gr.Column(elem_classes="card"):
+            with gr.Column(elem_classes="card", visible=False, elem_id="curves") as curves:
                 gr.HTML("<h2>Loss</h2>", padding=False)
-                loss = gr.HTML("", elem_id="loss", padding=False)
+                loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
             details = gr.HTML("", elem_id="details", padding=False)
     view = RunView(
-        Overview(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
-        pairs, loss, details, gr.Timer(OFTEN), gr.State({}),
+        overview_of(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
+        before_after, pairs, curves, loss, details, gr.Timer(OFTEN), gr.State({}),
     )  # fmt: skip
     _connect(workspace, view)
     return view
@@ -102,7 +104,7 @@ def _connect(workspace: Path, view: RunView) -> None:
     view.timer.tick(guarded(see, workspace), seen, view.changing(), **quiet)
 
     def choose(shown: Mapping[str, Any], event: gr.EventData) -> Updates:
-        return {**look(view, event.run, shown), view.choice: event.run}
+        return chosen(view, event.run, shown)
 
     view.listed.select(guarded(choose, workspace), view.shown, view.changing(), **quiet)
     view.choice.change(None, view.choice, None, js=REMEMBER_IN_ADDRESS)
@@ -128,7 +130,7 @@ def _connect(workspace: Path, view: RunView) -> None:
     def bin_run(name: str | None) -> Updates:
         place = view.overview.bin(view.overview.find(name))
         gr.Info(f"Moved to {place.relative_to(workspace)}. Its adapter in the gallery stays.")
-        return look(view, view.overview.newest(), {})
+        return chosen(view, view.overview.newest(), {})
 
     view.bin.click(guarded(bin_run, workspace), view.choice, view.changing(), **quiet)
 
@@ -169,6 +171,11 @@ def resume_run(folder: Path) -> None:
     queue.submit(folder, resume=runs.state_of(folder).checkpoint is not None)
 
 
+def chosen(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
+    """Another run is shown from now on. (A look never says which: it may be late.)"""
+    return {**look(view, name, shown), view.choice: name}
+
+
 def look(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
     """What has changed since the browser was last told, and nothing else."""
     fresh = _contents(view, name)
@@ -184,7 +191,7 @@ def look(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
     return updates
 
 
-def _key(control: gr.components.Component) -> str:
+def _key(control: gr.blocks.Block) -> str:
     return control.elem_id or "timer"
 
 
@@ -194,12 +201,12 @@ def _contents(view: RunView, name: str | None) -> Contents:
     listing = pieces.list_of(rows, name)
     pace = OFTEN if any(state.is_live for _, state in rows) else SELDOM
     common: Contents = {
-        view.choice: (name, gr.update(value=name if name in known else None)),
         view.listed: (listing, gr.update(value=listing)),
         view.timer: (pace, gr.Timer(pace)),
     }
     if name is None or name not in known:
-        buttons = {button: (False, gr.update(visible=False)) for button in _buttons(view)}
+        hidden = [*_buttons(view), view.before_after, view.curves]
+        buttons = {part: (False, gr.update(visible=False)) for part in hidden}
         empty = {part: ("", gr.update(value="")) for part in (view.result, view.pairs, view.loss, view.details)}
         return {**common, **buttons, **empty, view.progress: (NO_RUN, gr.update(value=NO_RUN))}
     return {**common, **_run_contents(view, *known[name])}
@@ -227,6 +234,8 @@ def _run_contents(view: RunView, folder: Path, state: RunState) -> Contents:
     return {
         view.progress: (progress, gr.update(value=progress)),
         view.result: (result, gr.update(value=result)),
+        view.before_after: (True, _shown(True)),
+        view.curves: (True, _shown(True)),
         view.pairs: (pictures, pairs),
         view.loss: (points, lambda: gr.update(value=loss_plot(state))),
         view.details: (details, gr.update(value=details)),

@@ -60,20 +60,23 @@ def at_control(place: str, method: str) -> str:
 
 
 def start_run(workspace: Path, chosen: datasets.PictureSet | None, settings: Mapping[str, Any]) -> Path:
-    """Copy the pictures into the workspace, make the run, line it up. Raises UserError for what is missing."""
+    """Start what the form shows. Raises UserError for what is missing, before anything is made."""
     if chosen is None:
         raise UserError("There are no pictures yet.", do="Drop some in step 1, or choose an example.")
-    layer = layer_of(settings)
-    trigger, class_word = layer["data"]["trigger"], layer["data"]["class_word"]
+    return start_config(workspace, chosen, settle(layer_of(settings)))
+
+
+def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConfig) -> Path:
+    """Copy the pictures into the workspace, make the run, line it up; gives its folder."""
+    trigger, class_word = config.data.trigger, config.data.class_word
     if not trigger:
         raise UserError(
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
-    settle(layer)  # a mistake in the settings is told before anything is copied
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
     folder = datasets.add_dataset(chosen, workspace)
-    config = settle(layer, {"data": {"images": str(folder)}})
-    run = runs.create_run(config, workspace, now=datetime.datetime.now())
+    data = config.data.model_copy(update={"images": str(folder)})
+    run = runs.create_run(config.model_copy(update={"data": data}), workspace, now=datetime.datetime.now())
     queue.submit(run)
     return run
 

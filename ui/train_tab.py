@@ -17,7 +17,16 @@ from ui import advanced, starting
 from ui.advanced import Advanced, draw_advanced
 from ui.door import QUIET, guarded
 from ui.form import Form
-from ui.pictures import Captions, Pictures, chosen_of, connect_pictures, draw_captions, draw_pictures, show_draft
+from ui.pictures import (
+    Captions,
+    Pictures,
+    chosen_of,
+    connect_describing,
+    connect_pictures,
+    draw_captions,
+    draw_pictures,
+    show_draft,
+)
 
 KINDS = [("One subject", "subject"), ("A style", "style")]
 Updates = dict[Any, Any]
@@ -70,6 +79,7 @@ def build_train_tab(workspace: Path) -> TrainTab:
     tab = TrainTab(form, pictures, captions, start, trouble, settings, first, gr.State(""), kept)
     words = {place: form.controls[place] for place in ("data.trigger", "data.class_word", "data.kind")}
     connect_pictures(workspace, pictures, captions, words)
+    connect_describing(workspace, pictures, captions)
     _connect_choices(workspace, tab)
     _connect_settings(workspace, tab)
     _connect_memory(workspace, tab)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
@@ -40,14 +41,37 @@ def guess_trigger(metadata: Mapping[str, str]) -> str:
     for key in ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words"):
         if words := metadata.get(key, "").strip():
             return words
-    try:
-        folders = json.loads(metadata.get("ss_dataset_dirs", "{}"))
-    except ValueError:
-        return ""  # a foreign header with something else under this name says nothing about the trigger
-    for folder in folders if isinstance(folders, dict) else ():
-        if found := re.fullmatch(r"\d+_(.+)", str(folder)):  # kohya: "<repeats>_<trigger> <class>"
+    for folder in _object(metadata, "ss_dataset_dirs"):
+        if found := re.fullmatch(r"\d+_(.+)", folder):  # kohya: "<repeats>_<trigger> <class>"
             return found[1].strip()
-    return ""
+    return _tag_of_all(metadata)
+
+
+def count_pictures(metadata: Mapping[str, str]) -> int:
+    """How many pictures an adapter was trained on, each counted once; 0 where its header does not say."""
+    folders = _object(metadata, "ss_dataset_dirs").values()
+    counts = [folder.get("img_count") for folder in folders if isinstance(folder, dict)]
+    return sum(count for count in counts if isinstance(count, int))
+
+
+def _tag_of_all(metadata: Mapping[str, str]) -> str:
+    """The tag that every training picture has, as people who train on tags put their trigger; empty without one."""
+    pictures = count_pictures(metadata)
+    counts: Counter[str] = Counter()
+    for tags in _object(metadata, "ss_tag_frequency").values():
+        if isinstance(tags, dict):
+            counts.update({str(tag).strip(): count for tag, count in tags.items() if isinstance(count, int)})
+    tag, count = counts.most_common(1)[0] if counts else ("", 0)
+    return tag if pictures > 1 and count >= pictures else ""
+
+
+def _object(metadata: Mapping[str, str], key: str) -> dict[str, object]:
+    """A JSON object under a key of the header; empty where a foreign header has something else there."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def what_instead(keys: Iterable[str]) -> tuple[str, str]:

@@ -1,59 +1,86 @@
-"""Generated pictures on disk: PNGs under images/<date>/ with their settings in the text chunk, as A1111 writes them."""
+"""Drawn pictures on disk: PNGs under images/<date>/ that carry their recipe, so that each can be drawn again."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from PIL.Image import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from pydantic import ValidationError
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import beside
+from reparam_diffusion.gallery.recipe import Recipe, from_text, to_text, told_of
+
+TEXT, EXACT = "parameters", "reparam"
+"""PNG text chunks: A1111's, which other programs read too, and ours, which loses nothing."""
 
 
-def save_pictures(
-    pictures: Sequence[Image],
-    prompt: str,
-    *,
-    seed: int,
-    facts: Mapping[str, Any],
-    out: Path | None,
-    workspace: Path,
-) -> list[Path]:
-    """Save pictures drawn from seed, seed + 1, …; into `out` (a file for one picture, or a folder) or the workspace."""
-    if out is not None and out.suffix.lower() == ".png" and len(pictures) == 1:
-        targets = [out]
-    elif out is not None and out.suffix.lower() == ".png":
-        targets = [out.with_stem(f"{out.stem}-{n + 1}") for n in range(len(pictures))]
-    else:
-        folder = out or workspace / "images" / f"{datetime.now():%Y-%m-%d}"
-        stamp = f"{datetime.now():%H%M%S}"
-        targets = [folder / f"{stamp}-{seed + n}.png" for n in range(len(pictures))]
-    for n, (target, picture) in enumerate(zip(targets, pictures, strict=True)):
-        note = PngInfo()
-        note.add_text("parameters", parameters_text(prompt, seed=seed + n, size=picture.size, facts=facts))
-        try:
-            with beside(target) as hidden:
-                picture.save(hidden, "PNG", pnginfo=note)
-        except OSError as error:
-            raise UserError(f"{target} cannot be written.", str(error.strerror), "Choose another place.") from error
-    return targets
+def images_of(workspace: Path) -> Path:
+    """The folder where a workspace keeps its drawn pictures."""
+    return workspace / "images"
 
 
-def parameters_text(prompt: str, *, seed: int, size: tuple[int, int], facts: Mapping[str, Any]) -> str:
-    """A1111's "parameters" text: prompt with <lora:…> tags, negative prompt, then a line of settings."""
-    tags = "".join(
-        f" <lora:{name}:{strength:g}{'' if te is None else f':{te:g}'}>"
-        for name, strength, te in facts.get("adapters", ())
-    )
-    lines = [f"{prompt}{tags}"]
-    if facts.get("negative"):
-        lines.append(f"Negative prompt: {facts['negative']}")
-    lines.append(
-        f"Steps: {facts['steps']}, CFG scale: {facts['guidance']:g}, Seed: {seed}, "
-        f"Size: {size[0]}x{size[1]}, Model: {facts['model']}"
-    )
-    return "\n".join(lines)
+def new_name(workspace: Path, ending: str) -> Path:
+    """A free name for a picture drawn now; names sort by time."""
+    now = datetime.now()
+    folder = images_of(workspace) / f"{now:%Y-%m-%d}"
+    stem = f"{now:%H%M%S}-{now.microsecond // 1000:03d}-{ending}"
+    number = 1
+    while (file := folder / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")).exists():
+        number += 1
+    return file
+
+
+def save_picture(picture: Image.Image, recipe: Recipe, file: Path) -> Path:
+    """Write a picture with its recipe, every value of it filled in."""
+    note = PngInfo()
+    note.add_text(TEXT, to_text(recipe))
+    note.add_itxt(EXACT, recipe.model_copy(update={"model": told_of(recipe.model)}).model_dump_json())
+    try:
+        with beside(file) as hidden:
+            picture.save(hidden, "PNG", pnginfo=note)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written.", str(error.strerror), "Choose another place.") from error
+    return file
+
+
+def settings_of(file: Path) -> Recipe:
+    """What a picture was drawn from, by us or by another program. Raises UserError when it does not say."""
+    try:
+        with Image.open(file, formats=["PNG"]) as picture:
+            picture.load()  # text may stand behind the pixels
+            chunks = {key: str(value) for key, value in picture.info.items() if key in (TEXT, EXACT)}
+    except UnidentifiedImageError:
+        raise UserError("This is not a PNG picture.", do="Only PNGs carry their settings.") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError("This picture cannot be read.", f"{error}.", "Use another one.") from None
+    try:
+        return Recipe.model_validate_json(chunks[EXACT])
+    except (KeyError, ValidationError):  # another program's, or of another version: its plain text tells the same
+        pass
+    if TEXT not in chunks:
+        raise UserError(
+            "There are no settings in this picture.", "It may have been edited or sent through a chat.", "Use another."
+        )
+    return from_text(chunks[TEXT])
+
+
+def history(workspace: Path, *, most: int) -> list[Path]:
+    """The last pictures, the newest first."""
+    found: list[Path] = []
+    for file in _newest_first(images_of(workspace)):
+        found.append(file)
+        if len(found) == most:
+            break
+    return found
+
+
+def _newest_first(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        for day in sorted((day for day in folder.iterdir() if day.is_dir()), reverse=True):
+            yield from sorted(
+                (f for f in day.iterdir() if f.suffix == ".png" and not f.name.startswith(".")), reverse=True
+            )

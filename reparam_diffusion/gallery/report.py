@@ -6,17 +6,32 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.adapters.base import METHODS
+from reparam_diffusion.formats.identify import count_pictures
 from reparam_diffusion.formats.read import read_adapter
 
 Report = dict[str, Any]
 """Plain values for JSON."""
 
-_BASES = {
+BASES = {
+    "starter": "Starter model",
     "sd1": "Stable Diffusion 1.x",
     "sd2": "Stable Diffusion 2.x",
     "sdxl": "Stable Diffusion XL",
     "unknown": "not said",
 }
+"""Families of base models and their names for people."""
+FOREIGN = {
+    "full": "Full difference",
+    "norm": "Norm layers",
+    "boft": "BOFT",
+    "ia3": "(IA)³",
+    "glora": "GLoRA",
+    "mixed": "Several methods",
+}
+"""Methods that we read but do not train."""
+STARTER = "starter-model"
+"""What a header calls the bundled model."""
 _MOST_SHOWN = 8
 
 
@@ -28,7 +43,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
     unmatched = list(file.unmatched)
     report: Report = {
         "file": path.name,
-        "bytes": _bytes_of(path),
+        "bytes": bytes_of(path),
         "method": file.method,
         "trained_as": trained_as if trained_as != file.method else "",
         "base": file.base,
@@ -39,7 +54,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
         "layers_by_part": dict(Counter(site.partition(".")[0] for site in file.sites)),
         "ranks": file.ranks,
         "steps": metadata.get("ss_steps", ""),
-        "pictures": metadata.get("ss_num_train_images", ""),
+        "pictures": count_pictures(metadata),
         "made_by": metadata.get("modelspec.implementation_version", "") or metadata.get("ss_network_module", ""),
         "metadata": {key: value for key, value in metadata.items() if key != "reparam_config"},
     }
@@ -52,9 +67,14 @@ def report_of(path: Path, model: str | None = None) -> Report:
     return report
 
 
-def _bytes_of(path: Path) -> int:
+def bytes_of(path: Path) -> int:
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
+
+
+def method_title(method: str) -> str:
+    """A method's name for people."""
+    return METHODS[method].title if method in METHODS else FOREIGN.get(method, method)
 
 
 def report_lines(report: Report) -> list[str]:
@@ -65,7 +85,7 @@ def report_lines(report: Report) -> list[str]:
     lines = [
         f"File      {report['file']}  {report['bytes'] / 1e6:.1f} MB",
         f"Method    {report['method']}" + (f"  (trained as {report['trained_as']})" if report["trained_as"] else ""),
-        f"Base      {_BASES.get(report['base'], report['base'])}"
+        f"Base      {BASES.get(report['base'], report['base'])}"
         + (f"  ({report['base_model']})" if report["base_model"] else ""),
         f"Trigger   {report['trigger'] or 'not said'}",
         f"Layers    {report['layers']}: {parts}",

@@ -1,32 +1,33 @@
 """The shelf of finished and imported adapters: <slug>.safetensors, its picture <slug>.png and its notes <slug>.json.
 
-The notes are what a person edits, in A1111's sidecar keys, so that its extra-networks page shows them as they are.
-An adapter's file is never rewritten and never overwritten.
+A PEFT adapter is a folder <slug>/ in the place of the file. An adapter is never rewritten and never overwritten; what
+a person edits is in the notes. Its file keeps its name for good, so that <lora:slug:1> in old prompts goes on working.
 """
 
 from __future__ import annotations
 
 import difflib
 import filecmp
-import json
 import os
 import shutil
 import unicodedata
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from filelock import FileLock
+
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
+from reparam_diffusion.gallery.notes import Notes, changed_notes, new_notes, read_notes, write_notes
 
-NO_FACTS: dict[str, object] = {
-    "activation text": "",
-    "preferred weight": 1.0,
-    "notes": "",
-    "description": "",
-    "sd version": "Unknown",
-}
+ENDING = ".safetensors"
+PEFT_CONFIG = "adapter_config.json"
+PICTURES = tuple(
+    f"{kind}{ending}" for kind in ("", ".preview") for ending in (".png", ".webp", ".jpg", ".jpeg", ".gif")
+)
+"""What may follow an adapter's name in the name of its picture. Ours are .png; other programs write the rest."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Shelved:
     file: Path
     name: str
     thumbnail: Path | None = None
-    facts: dict[str, object] = field(default_factory=dict)
+    facts: Notes = field(default_factory=dict)
+
+    @property
+    def stem(self) -> str:
+        """What prompts and addresses call it."""
+        return stem_of(self.file)
 
 
 def make_slug(name: str, *, otherwise: str = "adapter") -> str:
@@ -51,6 +57,26 @@ def shelf_of(workspace: Path) -> Path:
     return workspace / "adapters"
 
 
+def stem_of(file: Path) -> str:
+    """An adapter's own name: its file's without .safetensors, or its folder's."""
+    return file.name.removesuffix(ENDING)
+
+
+def companion(file: Path, ending: str) -> Path:
+    """What lies beside an adapter under its name: companion(teddy.safetensors, ".json") is teddy.json."""
+    return file.with_name(stem_of(file) + ending)
+
+
+@contextmanager
+def changing(workspace: Path) -> Iterator[None]:
+    """One at a time, whichever process or browser it is. Everything that changes the shelf or the bin holds this."""
+    shelf = shelf_of(workspace)
+    shelf.mkdir(parents=True, exist_ok=True)
+    with FileLock(shelf / ".lock", thread_local=False):
+        yield
+
+
+# --- putting things on it --------------------------------------------------------------------------------------------
 def add(
     file: Path,
     workspace: Path,
@@ -63,62 +89,149 @@ def add(
 
     `thumbnail` is a PNG. `facts` are sidecar keys such as "activation text"; the rest keep their defaults.
     """
-    shelf = shelf_of(workspace)
-    shelf.mkdir(parents=True, exist_ok=True)
-    slug = make_slug(name)
-    beside = shelf / f".{slug}.{os.getpid()}.part"
-    try:
-        shutil.copyfile(file, beside)
-        target, is_new = _settle_name(beside, slug)
-    finally:
-        beside.unlink(missing_ok=True)
-    if is_new:
-        if thumbnail is not None and thumbnail.is_file():
-            write_whole(target.with_suffix(".png"), thumbnail.read_bytes())
-        notes = {"name": name or slug} | NO_FACTS | dict(facts or {})
-        write_whole(target.with_suffix(".json"), json.dumps(notes, ensure_ascii=False, indent=2))
+    with changing(workspace), copied(file, shelf_of(workspace)) as copy:
+        target, is_new = _settle_name(copy, make_slug(name))
+        if is_new:
+            if thumbnail is not None and thumbnail.is_file():
+                write_whole(companion(target, ".png"), thumbnail.read_bytes())
+            write_notes(companion(target, ".json"), new_notes(name or make_slug(name), facts or {}))
     return target
 
 
-def _settle_name(beside: Path, slug: str) -> tuple[Path, bool]:
+@contextmanager
+def copied(file: Path, folder: Path) -> Iterator[Path]:
+    """A hidden copy of a file or folder inside `folder`, for the body to move into place; removed if it did not."""
+    copy = folder / f".{os.getpid()}.part"
+    try:
+        _remove(copy)
+        if file.is_dir():
+            shutil.copytree(file, copy)
+        else:
+            shutil.copyfile(file, copy)
+        yield copy
+    finally:
+        _remove(copy)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _settle_name(copy: Path, slug: str) -> tuple[Path, bool]:
     """Give the copy its final name: slug, slug-2, slug-3 … or the name under which the same bytes lie there already."""
-    number = 1
+    stem = ""
+    for stem in numbered(slug):
+        there = _lying(copy.with_name(stem))
+        if there is None:
+            break
+        if is_same(there, copy):
+            return there, False
+    target = copy.with_name(stem if copy.is_dir() else stem + ENDING)
+    copy.rename(target)
+    return target, True
+
+
+def numbered(slug: str) -> Iterator[str]:
+    """Names to try in turn: slug, slug-2, slug-3 …"""
+    yield slug
+    number = 2
     while True:
-        target = beside.with_name(f"{slug}.safetensors" if number == 1 else f"{slug}-{number}.safetensors")
-        if target.exists():
-            if filecmp.cmp(beside, target, shallow=False):
-                return target, False
-            number += 1
-            continue
-        try:
-            os.link(beside, target)  # fails where another process was quicker, unlike a rename
-        except FileExistsError:
-            continue
-        except OSError:  # a disk without hard links
-            beside.replace(target)
-        return target, True
+        yield f"{slug}-{number}"
+        number += 1
 
 
+def _lying(place: Path) -> Path | None:
+    """The adapter that has a name already, file or folder."""
+    return next((path for path in (place.with_name(place.name + ENDING), place) if path.exists()), None)
+
+
+def free_name(folder: Path, stem: str) -> str:
+    """The first of stem, stem-2, stem-3 … that no adapter in the folder has."""
+    return next(name for name in numbered(stem) if _lying(folder / name) is None)
+
+
+def is_same(one: Path, other: Path) -> bool:
+    """Whether two files, or two folders of files, are equal byte for byte."""
+    if one.is_dir() != other.is_dir():
+        return False
+    if not one.is_dir():
+        return filecmp.cmp(one, other, shallow=False)
+    inside = [sorted(file.relative_to(path) for file in path.rglob("*") if file.is_file()) for path in (one, other)]
+    return inside[0] == inside[1] and all(filecmp.cmp(one / file, other / file, shallow=False) for file in inside[0])
+
+
+# --- what lies on it -------------------------------------------------------------------------------------------------
 def list_adapters(workspace: Path) -> list[Shelved]:
     """Everything on the shelf, the newest first."""
-    files = [file for file in shelf_of(workspace).glob("*.safetensors") if not file.name.startswith(".")]
-    files.sort(key=lambda file: (-file.stat().st_mtime, file.name))
-    return [_read(file) for file in files]
+    names = names_in(shelf_of(workspace))
+    found = []
+    for file in adapters_in(shelf_of(workspace)):
+        with suppress(FileNotFoundError):  # deleted at this very moment
+            found.append((-file.stat().st_mtime_ns, file.name, file))
+    return [shelved_at(file, names) for _, _, file in sorted(found)]
 
 
-def _read(file: Path) -> Shelved:
-    facts: dict[str, object] = {}
-    with suppress(OSError, ValueError):  # no notes, or notes that a person broke: the adapter is there all the same
-        found = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
-        facts = found if isinstance(found, dict) else {}
-    thumbnail = file.with_suffix(".png")
-    name = facts.get("name")
-    return Shelved(
-        file=file,
-        name=name if isinstance(name, str) and name else file.stem,
-        thumbnail=thumbnail if thumbnail.is_file() else None,
-        facts=facts,
-    )
+def names_in(folder: Path) -> frozenset[str]:
+    """The names of everything in a folder; of nothing, where there is none."""
+    return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """The adapters in a folder: .safetensors files and PEFT folders."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+    return [
+        folder / entry.name
+        for entry in shown
+        if entry.name.endswith(ENDING) or (entry.is_dir() and is_peft(folder / entry.name))
+    ]
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder is a PEFT adapter, or holds one for each part of a model."""
+    from reparam_diffusion.formats.load import FOLDERS
+
+    return any((folder / part / PEFT_CONFIG).is_file() for part in ("", *FOLDERS))
+
+
+def shelved_at(file: Path, names: frozenset[str] | None = None) -> Shelved:
+    """The adapter at a path. `names` are those of its folder, when they are known."""
+    names = names_in(file.parent) if names is None else names
+    stem = stem_of(file)
+    notes = read_notes(companion(file, ".json")) if f"{stem}.json" in names else {}
+    picture = next((file.with_name(stem + ending) for ending in PICTURES if stem + ending in names), None)
+    name = notes.get("name")
+    return Shelved(file, name if isinstance(name, str) and name else stem, picture, notes)
+
+
+def at(stem: str, workspace: Path) -> Path:
+    """The adapter of exactly this stem. Raises UserError when it is not, or no longer, on the shelf."""
+    for file in adapters_in(shelf_of(workspace)):
+        if stem_of(file) == stem:
+            return file
+    raise gone(stem)
+
+
+def gone(stem: str) -> UserError:
+    """What to tell when an adapter is not there."""
+    return UserError(f'There is no adapter "{stem}" on the shelf.', "It may have been moved to the bin meanwhile.")
+
+
+def edit(stem: str, workspace: Path, changes: Mapping[str, object]) -> Shelved:
+    """Write down what a person says of an adapter; only the keys that changed, so that two people may do so at once.
+
+    Renaming is a change of "name", which is shown: the file keeps its own. Raises UserError for what cannot be noted.
+    """
+    with changing(workspace):
+        file = at(stem, workspace)
+        sidecar = companion(file, ".json")
+        write_notes(sidecar, changed_notes(sidecar, changes))
+        return shelved_at(file)
 
 
 def find(name: str, workspace: Path) -> Path:
@@ -127,15 +240,16 @@ def find(name: str, workspace: Path) -> Path:
     Raises UserError with the nearest name.
     """
     path = Path(name).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
+    if path.suffix == ENDING and path.is_file():
         return path
     known: dict[str, Path] = {}
-    for shelved in reversed(list_adapters(workspace)):  # the newest of two with one name wins
-        for alias in (shelved.name, make_slug(shelved.name)):
-            known[alias.lower()] = shelved.file
-    for shelved in list_adapters(workspace):  # but a file's own name comes before any given name
-        known[shelved.file.stem.lower()] = shelved.file
-    wanted = name.removesuffix(".safetensors")
+    shelved = list_adapters(workspace)
+    for one in reversed(shelved):  # the newest of two with one name wins
+        for alias in (one.name, make_slug(one.name)):
+            known[alias.lower()] = one.file
+    for one in shelved:  # but a file's own name comes before any given name
+        known[one.stem.lower()] = one.file
+    wanted = name.removesuffix(ENDING)
     for key in (wanted.lower(), make_slug(wanted)):
         if key in known:
             return known[key]
@@ -143,7 +257,7 @@ def find(name: str, workspace: Path) -> Path:
     if close:
         hint = f'Did you mean "{close[0]}"?'
     elif known:
-        hint = f"There are: {', '.join(sorted({file.stem for file in known.values()})[:12])}."
+        hint = f"There are: {', '.join(sorted({stem_of(file) for file in known.values()})[:12])}."
     else:
         hint = "The gallery is empty: train an adapter first, or give the path of a .safetensors file."
     raise UserError(f'There is no adapter called "{name}".', do=hint)

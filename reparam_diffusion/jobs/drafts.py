@@ -60,7 +60,7 @@ def set_caption(name: str, workspace: Path, picture: str, caption: str) -> Pictu
 
 def leave_out(name: str, workspace: Path, picture: str) -> PictureSet:
     """Take a picture out of a draft. The last one stays: a draft has pictures."""
-    chosen = _known(name, workspace)
+    chosen = known(name, workspace)
     left = tuple(one for one in chosen.pictures if one.path.name != picture)
     if not left:
         raise UserError("This is the last picture.", do="Choose other pictures instead.")
@@ -77,6 +77,12 @@ def tidy(workspace: Path, *, now: float | None = None) -> None:
             shutil.rmtree(file.parent, ignore_errors=True)
 
 
+def folder_of(name: str, workspace: Path) -> Path:
+    """Where a draft lies. Raises UserError when it is gone."""
+    known(name, workspace)
+    return _home(workspace) / name
+
+
 def _home(workspace: Path) -> Path:
     return workspace / "datasets" / ".drafts"
 
@@ -89,7 +95,8 @@ def _folder(name: str | None, workspace: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _known(name: str, workspace: Path) -> PictureSet:
+def known(name: str, workspace: Path) -> PictureSet:
+    """A draft's set. Raises UserError when it is gone."""
     chosen = read(name, workspace)
     if chosen is None:
         raise UserError("These pictures are gone.", "They were not touched for a week.", "Choose them again.")
@@ -97,7 +104,7 @@ def _known(name: str, workspace: Path) -> PictureSet:
 
 
 def _changed(name: str, workspace: Path, picture: str, caption: str | None) -> PictureSet:
-    chosen = _known(name, workspace)
+    chosen = known(name, workspace)
     if picture not in {one.path.name for one in chosen.pictures}:
         raise UserError(f"There is no picture called {picture} any more.", do="Reload the page.")
     pictures = tuple(replace(one, caption=caption) if one.path.name == picture else one for one in chosen.pictures)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+from functools import cache
 from pathlib import Path
 
 from reparam_diffusion.errors import UserError
@@ -69,6 +70,12 @@ class Overview:
             target = place / f"{folder.name}-{number}"
         shutil.move(folder, target)
         return target
+
+
+@cache
+def overview_of(workspace: Path) -> Overview:
+    """The one overview of a workspace that this process needs."""
+    return Overview(workspace)
 
 
 def _size_of(file: Path) -> int:

@@ -26,7 +26,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery import of_run
 from reparam_diffusion.jobs import locks, runs
 from reparam_diffusion.jobs.fold import WAITING
 
@@ -121,18 +121,15 @@ def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None
     """Put the finished adapter into the gallery; a full disk there must not spoil the run."""
     is_style = config.data.kind == "style"
     words = [config.data.trigger] if is_style else [config.data.trigger, config.data.class_word]
-    facts: dict[str, object] = {
-        "activation text": " ".join(word for word in words if word),
-        "description": f"{config.adapter.method} trained for {step} steps.",
-        "run": folder.name,
-    }
+    facts: dict[str, object] = {"activation text": " ".join(word for word in words if word)}
     workspace = runs.workspace_of(folder)
     try:
-        added = shelf.add(file, workspace, name=adapter_name(config), thumbnail=preview, facts=facts)
-    except OSError as error:
-        return e.Warned(
-            f"The adapter could not be put into the gallery: {error.strerror}. It lies in the run's folder."
+        added = of_run.shelve(
+            file, workspace, run=folder.name, name=adapter_name(config), thumbnail=preview, facts=facts
         )
+    except (OSError, UserError) as error:
+        why = error.why if isinstance(error, UserError) else f"{error.strerror}."
+        return e.Warned(f"The adapter could not be put into the gallery: {why} It lies in the run's folder.")
     return e.Saved(step, os.path.relpath(added, folder), "gallery")
 
 

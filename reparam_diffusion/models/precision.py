@@ -60,23 +60,38 @@ def faster_on_cpu(unet: Any) -> torch.dtype:
     Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. Any:
     diffusers' classes are not imported here.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
-    widths = unet.config.block_out_channels
-    key = f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads, widths {widths}"
-    known: dict[str, str] = {}
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    key = f"{_here()}, widths {unet.config.block_out_channels}"
+    known = _kept()
     if known.get(key) in DTYPES:
         return DTYPES[known[key]]
     known[key] = "bf16" if _seconds(unet, torch.bfloat16) < 0.9 * _seconds(unet, torch.float32) else "fp32"
     try:
-        with beside(cache) as hidden:
+        with beside(_cache_file()) as hidden:
             hidden.write_text(json.dumps(known, indent=1), encoding="utf-8")
     except OSError:
         pass  # a read-only home costs a measurement each time, nothing else
     return DTYPES[known[key]]
+
+
+def measured_formats() -> dict[str, str]:
+    """The faster format of each UNet that was measured on this processor with this torch."""
+    return {key: name for key, name in _kept().items() if key.startswith(_here())}
+
+
+def _here() -> str:
+    return f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+
+
+def _cache_file() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
+
+
+def _kept() -> dict[str, str]:
+    try:
+        known: dict[str, str] = json.loads(_cache_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return known
 
 
 def _seconds(unet: Any, dtype: torch.dtype) -> float:

@@ -8,16 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.decode import Watcher, decode, look
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
+LOOKS = 6
+"""How many early looks there are at a picture."""
+
+OnStep = Callable[[int, int], bool]
+"""(steps done, of how many); True ends the drawing early."""
+OnLook = Callable[[int, "list[Image]"], None]
+"""(number of the first picture, early looks at it and those drawn with it)."""
 
 
 def draw(
@@ -31,11 +39,14 @@ def draw(
     width: int | None = None,
     height: int | None = None,
     clip_skip: int = 0,
-    on_step: Callable[[int, int], bool] | None = None,
+    scheduler: str = "",
+    on_step: OnStep | None = None,
+    on_look: OnLook | None = None,
 ) -> list[Image]:
     """One picture a seed, from the model as it stands (attached or merged adapters count).
 
-    `on_step(done, total)` is told of progress; when it returns True the drawing ends early with no pictures.
+    `scheduler` is one of SCHEDULERS, "" the model's own. `on_step(done, total)` is told of progress; when it returns
+    True the drawing ends early with no pictures.
     """
     steps = model.habits.steps if steps is None else steps
     most = int(model.scheduler.config.num_train_timesteps)
@@ -48,14 +59,12 @@ def draw(
     width, height = width or model.size, height or model.size
     _check_size(model, width, height)
     pictures: list[Image] = []
-    room = 8 * 128 * 128 if model.device.type == "cpu" else 4 * 1024 * 1024  # pixels drawn at once
-    at_once = max(1, min(len(seeds), room // (width * height)))
+    room = at_once(model, width, height)
     with torch.no_grad():
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
-        pipe = _pipeline(model)
-        rounds = [seeds[start : start + at_once] for start in range(0, len(seeds), at_once)]
+        pipe = _pipeline(model, make_scheduler(model.scheduler, scheduler))
+        rounds = [seeds[start : start + room] for start in range(0, len(seeds), room)]
         for number, chunk in enumerate(rounds):
-            told = _progress(on_step, number * steps, len(rounds) * steps)
             out = pipe(
                 **_conditioning(text, len(chunk)),
                 num_inference_steps=steps,
@@ -63,31 +72,38 @@ def draw(
                 width=width,
                 height=height,
                 generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                callback_on_step_end=told,
+                callback_on_step_end=_progress(
+                    model, pipe, on_step, on_look, number=number, rounds=len(rounds), first=len(pictures)
+                ),
                 output_type="latent",
             ).images
             if getattr(pipe, "was_cancelled", False):
                 return []
-            pictures += _decoded(model, out, pipe.image_processor)
+            pictures += decode(model, out)
     return pictures
 
 
-def _decoded(model: Model, latents: Tensor, processor: Any) -> list[Image]:
-    """Latents to pictures in the VAE's own number format, which the pipelines do not always do."""
-    config = model.vae.config
-    latents = latents.to(model.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-    decoded = [
-        model.vae.decode(one[None], return_dict=False)[0] for one in latents
-    ]  # one by one: it is the largest part
-    pictures: list[Image] = processor.postprocess(torch.cat(decoded), output_type="pil")
-    return pictures
+def at_once(model: Model, width: int, height: int) -> int:
+    """How many pictures of a size are drawn side by side."""
+    room = 8 * 128 * 128 if model.device.type == "cpu" else 4 * 1024 * 1024  # pixels
+    return max(1, room // (width * height))
 
 
-def _progress(on_step: Callable[[int, int], bool] | None, before: int, total: int) -> Callable[..., dict[str, Any]]:
+def _progress(
+    model: Model, pipe: Any, on_step: OnStep | None, on_look: OnLook | None, *, number: int, rounds: int, first: int
+) -> Callable[..., dict[str, Any]]:
+    """What the pipeline calls after each step: tells how far it is, gives early looks, and hears of a cancel."""
+    watcher = None if on_look is None else Watcher(pipe.scheduler)
+
     def told(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        if on_step is not None and on_step(before + step + 1, total):
+        steps = pipe.num_timesteps  # Heun goes twice through most
+        if on_step is not None and on_step(number * steps + step + 1, rounds * steps):
             pipe._interrupt = True
             pipe.was_cancelled = True
+            return values
+        is_due = (step + 1) % max(2, steps // LOOKS) == 0 and step + 1 < steps
+        if on_look is not None and watcher is not None and watcher.clean is not None and is_due:
+            on_look(first, look(model, watcher.clean))
         return values
 
     return told
@@ -106,8 +122,8 @@ def _conditioning(text: Encoded, count: int) -> dict[str, Any]:
     return values
 
 
-def _pipeline(model: Model) -> Any:
-    """diffusers' pipeline over the model's own parts, with a scheduler of its own."""
+def _pipeline(model: Model, scheduler: Any) -> Any:
+    """diffusers' pipeline over the model's own parts. Any: diffusers' classes."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     from reparam_diffusion.models.load import quiet
@@ -117,7 +133,7 @@ def _pipeline(model: Model) -> Any:
         "unet": model.unet,
         "text_encoder": model.text_encoders[0],
         "tokenizer": model.tokenizers[0],
-        "scheduler": type(model.scheduler).from_config(model.scheduler.config),
+        "scheduler": scheduler,
     }
     with quiet():
         if model.family == "sdxl":
@@ -151,16 +167,21 @@ def finite(text: str) -> float:
 
 
 def split_tags(prompt: str) -> tuple[str, list[tuple[str, float, float | None]]]:
-    """A prompt without its <lora:name:strength:te_strength> tags, and the tags. A strength left out is 1."""
+    """A prompt without its <lora:name:strength:te_strength> tags, and the tags. A strength left out is 1.
+
+    A1111's named form <lora:name:te=0.5:unet=0.8> is understood too.
+    """
     tags: list[tuple[str, float, float | None]] = []
     for inside in _TAG.findall(prompt):
-        name, *numbers = inside.split(":")
+        name, *words = inside.split(":")
         try:
-            values = [finite(number) for number in numbers]
+            named = {key.strip(): finite(value) for word in words if "=" in word for key, value in [word.split("=", 1)]}
+            plain = [finite(word) for word in words if "=" not in word]
         except ValueError:
-            values = [0.0] * 3
-        if not name.strip() or len(values) > 2:
+            named, plain = {}, [0.0] * 3
+        if not name.strip() or len(plain) > 2 or named.keys() - {"te", "unet"}:
             raise UserError(f"<lora:{inside}> cannot be read.", do="Write <lora:name:0.8> or <lora:name:0.8:0.5>.")
-        tags.append((name.strip(), values[0] if values else 1.0, values[1] if len(values) > 1 else None))
-    text = re.sub(r"\s+", " ", _TAG.sub("", prompt)).strip().rstrip(",").strip()
-    return text, tags
+        text = named.get("te", plain[1] if len(plain) > 1 else None)
+        tags.append((name.strip(), named.get("unet", plain[0] if plain else 1.0), text))
+    text_only = re.sub(r"\s+", " ", _TAG.sub("", prompt)).strip().rstrip(",").strip()
+    return text_only, tags

@@ -1,0 +1,147 @@
+"""A recipe: everything a picture is drawn from, as A1111's "parameters" text and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.sample import split_tags
+from reparam_diffusion.models.schedulers import SCHEDULERS, own_name
+
+_MOST_ADAPTERS = 32
+_LONGEST = 20_000  # characters of a text that is looked into
+_NEGATIVE = "Negative prompt:"
+_PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Use(_Frozen):
+    """An adapter in a picture: its name on the shelf (or its path in the workspace) and how strongly it counts."""
+
+    name: str = Field(min_length=1, max_length=400)
+    strength: float = Field(1.0, ge=-10, le=10)
+    te_strength: float | None = Field(None, ge=-10, le=10)
+
+    @field_validator("name")
+    @classmethod
+    def _fits_a_tag(cls, name: str) -> str:
+        if set(name) & set("<>:\n"):
+            raise ValueError("a name has none of < > : in it")
+        return name
+
+
+class Recipe(_Frozen):
+    """What one picture is drawn from. None, "" (scheduler) and no size stand for the model's own."""
+
+    prompt: str = Field(min_length=1, max_length=_LONGEST)
+    negative: str | None = Field(None, max_length=_LONGEST)
+    adapters: tuple[Use, ...] = Field((), max_length=_MOST_ADAPTERS)
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int | None = Field(None, ge=1, le=1000)
+    guidance: float | None = Field(None, ge=0, le=100)
+    scheduler: str = Field("", max_length=60)
+    width: int | None = Field(None, ge=8, le=8192)
+    height: int | None = Field(None, ge=8, le=8192)
+    clip_skip: int = Field(0, ge=0, le=20)
+    model: str = Field("starter", min_length=1, max_length=1000)
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values, <lora:…> tags in the prompt becoming adapters. Raises UserError for a mistake.
+
+    Any: values as a form, a file or another program gives them.
+    """
+    prompt, tags = split_tags(str(values.get("prompt", "")))
+    if not prompt:
+        raise UserError("The prompt is empty.", do="Say what to draw.")
+    used = [{"name": name, "strength": strength, "te_strength": te} for name, strength, te in tags]
+    try:
+        return Recipe.model_validate({**values, "prompt": prompt, "adapters": [*values.get("adapters", ()), *used]})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(word) for word in first["loc"]).replace("_", " ")
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{place}: {message[0].lower()}{message[1:]}.") from None
+
+
+def filled(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe with the model's own values where it left them open, so that it says all by itself."""
+    habits = model.habits
+    return recipe.model_copy(
+        update={
+            "negative": habits.negative if recipe.negative is None else recipe.negative,
+            "steps": recipe.steps or habits.steps,
+            "guidance": habits.guidance if recipe.guidance is None else recipe.guidance,
+            "scheduler": recipe.scheduler or own_name(model.scheduler),
+            "width": recipe.width or model.size,
+            "height": recipe.height or model.size,
+        }
+    )
+
+
+def told_of(model: str) -> str:
+    """How a model is named to others: a path by its last word, which says nothing of the machine it lay on."""
+    is_path = Path(model).expanduser().exists() or model.startswith(("/", "~", ".")) or "\\" in model
+    return Path(model).name.removesuffix(".safetensors") if is_path else model
+
+
+def to_text(recipe: Recipe) -> str:
+    """A1111's text of a recipe whose every value is filled in."""
+    lines = [recipe.prompt + "".join(f" {_tag(use)}" for use in recipe.adapters)]
+    if recipe.negative:
+        lines.append(f"{_NEGATIVE} {recipe.negative}")
+    pairs = {
+        "Steps": recipe.steps,
+        "Sampler": recipe.scheduler,
+        "CFG scale": f"{recipe.guidance:g}",
+        "Seed": recipe.seed,
+        "Size": f"{recipe.width}x{recipe.height}",
+        "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,
+        "Model": told_of(recipe.model).replace(",", " "),
+    }
+    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None))
+    return "\n".join(lines)
+
+
+def _tag(use: Use) -> str:
+    """One number where both strengths are the same; A1111 reads two numbers the other way round, so they get names."""
+    if use.te_strength is None or use.te_strength == use.strength:
+        return f"<lora:{use.name}:{use.strength:g}>"
+    return f"<lora:{use.name}:te={use.te_strength:g}:unet={use.strength:g}>"
+
+
+def from_text(text: str) -> Recipe:
+    """The recipe in a text as A1111 and its like write it. Raises UserError when there is none in it."""
+    lines = text[:_LONGEST].strip().split("\n")
+    pairs = dict(_PAIR.findall(lines[-1]))
+    if not {"Steps", "Seed"} <= pairs.keys():
+        raise UserError(
+            "There are no settings in this picture.", "Its text is not what drawing programs write.", "Use another one."
+        )
+    start = next((n for n, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines) - 1)
+    negative = "\n".join(lines[start:-1]).removeprefix(_NEGATIVE).strip()
+    width, _, height = pairs.get("Size", "").partition("x")
+    sampler = " ".join(word for word in (pairs.get("Sampler", ""), pairs.get("Schedule type", "")) if word)
+    values: dict[str, Any] = {  # Any: text, which make_recipe turns into numbers or refuses
+        "prompt": "\n".join(lines[:start]),
+        "negative": negative,
+        "seed": pairs["Seed"],
+        "steps": pairs["Steps"],
+        "guidance": pairs.get("CFG scale"),
+        "scheduler": next((name for name in (sampler, pairs.get("Sampler", "")) if name in SCHEDULERS), ""),
+        "width": width or None,
+        "height": height or None,
+        "clip_skip": int(pairs["Clip skip"]) - 1 if pairs.get("Clip skip", "").isdecimal() else 0,
+    }
+    if pairs.get("Model"):
+        values["model"] = pairs["Model"]
+    return make_recipe(values)

@@ -1,0 +1,59 @@
+"""How the noise is taken away: plain names, which are A1111's, for diffusers' schedulers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from reparam_diffusion.errors import UserError
+
+_DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
+_SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: each scheduler's own options
+    "DDIM": ("DDIMScheduler", {}),
+    "Euler": ("EulerDiscreteScheduler", {"use_karras_sigmas": False}),
+    "Euler a": ("EulerAncestralDiscreteScheduler", {}),
+    "Heun": ("HeunDiscreteScheduler", {"use_karras_sigmas": False}),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", _DPM | {"use_karras_sigmas": False}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", _DPM | {"use_karras_sigmas": True}),
+    "DPM++ 2M SDE": ("DPMSolverMultistepScheduler", _SDE | {"use_karras_sigmas": False}),
+    "DPM++ 2M SDE Karras": ("DPMSolverMultistepScheduler", _SDE | {"use_karras_sigmas": True}),
+    "UniPC": ("UniPCMultistepScheduler", {"use_karras_sigmas": False}),
+    "PLMS": ("PNDMScheduler", {"skip_prk_steps": True}),
+}
+"""Name -> diffusers' class and the options that make it what the name says, whatever the model's own has set."""
+
+
+def make_scheduler(own: Any, name: str = "") -> Any:
+    """A fresh scheduler over a model's own noise; "" is the model's own kind. Any: diffusers' classes.
+
+    Raises UserError for an unknown name, and for a kind that cannot do what the model was trained for.
+    """
+    if not name:
+        return type(own).from_config(own.config)
+    if name not in SCHEDULERS:
+        raise UserError(f'There is no scheduler called "{name}".', do=f"Choose one of {', '.join(SCHEDULERS)}.")
+    import diffusers
+
+    from reparam_diffusion.models.load import quiet
+
+    kind, options = SCHEDULERS[name]
+    cls = getattr(diffusers, kind)
+    zero = "rescale_betas_zero_snr"
+    if own.config.get(zero) and zero not in inspect.signature(cls.__init__).parameters:
+        raise UserError(
+            f"{name} cannot draw with this model.",
+            "It was trained down to pure noise (zero terminal SNR).",
+            "Choose DDIM, Euler or DPM++ 2M.",
+        )
+    with quiet():
+        return cls.from_config(own.config, **options)
+
+
+def own_name(own: Any) -> str:
+    """What the model's own scheduler is called here; its class's name where it has no other."""
+    kind = type(own).__name__
+    for name, (known, options) in SCHEDULERS.items():
+        if known == kind and all(own.config.get(key) == value for key, value in options.items()):
+            return name
+    return kind

@@ -1,0 +1,498 @@
+"""The studio draws what folders ask for: in turn, warm, cancellable, and nothing leaks from picture to picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from filelock import FileLock
+from PIL import Image, ImageChops
+from safetensors.torch import save_file
+from tiny_pipelines import save_tiny
+
+from reparam_diffusion import apply, inject
+from reparam_diffusion.adapters import METHODS
+from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.apply import Easel, generate
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import images, shelf
+from reparam_diffusion.gallery.recipe import Recipe, Use
+from reparam_diffusion.jobs import locks, runs, studio, studio_grid, studio_worker
+from reparam_diffusion.models import decode, sample
+from reparam_diffusion.models.glance import glance_at
+from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.schedulers import SCHEDULERS, make_scheduler, own_name
+
+FAST = {"steps": 2, "width": 32, "height": 32, "guidance": 3.0}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("models") / "tiny", "sd1")
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Path) -> Model:
+    return load_model(tiny, device="cpu")
+
+
+@pytest.fixture
+def workspace(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A workspace with the tiny model and two adapters, a device lock of its own, and no process started."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(studio, "wake", lambda workspace, folder=None: None)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny)
+    for number, name in enumerate(("teddy", "style")):
+        shelf.add(lora_file(tmp_path / f"{name}.safetensors", seed=number), tmp_path, name=name)
+    return tmp_path
+
+
+def lora_file(file: Path, *, seed: int, width: int = 16) -> Path:
+    """A LoRA for the tiny model that changes what it draws, in the UNet and in the text encoder."""
+    chance = torch.Generator().manual_seed(seed)
+    sites = [
+        "unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q",
+        "te_text_model_encoder_layers_0_self_attn_q_proj",
+    ]
+    tensors = {}
+    for site in sites:
+        tensors[f"lora_{site}.lora_down.weight"] = torch.randn(4, width, generator=chance)
+        tensors[f"lora_{site}.lora_up.weight"] = torch.randn(width, 4, generator=chance)
+    save_file(tensors, file)
+    return file
+
+
+def recipe(**changes: object) -> Recipe:
+    return Recipe.model_validate({"prompt": "a toy", "seed": 1, "model": "tiny", **FAST, **changes})
+
+
+def asked(workspace: Path, *recipes: Recipe, **more: object) -> Path:
+    return studio.submit(workspace, studio.Request(recipes=recipes, device="cpu", **more))  # type: ignore[arg-type]
+
+
+def finish(workspace: Path, **more: object) -> None:
+    """Let a studio in this process draw all there is."""
+    studio_worker.serve(workspace, idle=0.0, **more)  # type: ignore[arg-type]
+
+
+def pixels(file: Path) -> bytes:
+    with Image.open(file) as picture:
+        return picture.tobytes()
+
+
+# --- the easel -------------------------------------------------------------------------------------------------------
+def weights_of(model: Model) -> dict[str, torch.Tensor]:
+    return {f"{part}.{k}": v.clone() for part, module in model.parts.items() for k, v in module.state_dict().items()}
+
+
+def test_the_easel_draws_what_generate_draws_and_a_change_touches_only_its_own_sites(
+    model: Model, workspace: Path
+) -> None:
+    before = weights_of(model)
+    teddy, style = (workspace / "adapters" / f"{name}.safetensors" for name in ("teddy", "style"))
+    easel = Easel(model)
+    steps = [[(teddy, 1.0)], [(teddy, 0.5), (style, -1.0, 2.0)], [(style, 1.0)], [], [(teddy, 0.5, 0.0)]]
+    for choices in steps:
+        easel.put(choices)
+        ours = sample.draw(model, "a toy", seeds=[1], **FAST)[0]
+        easel.clear()
+        assert ours.tobytes() == generate(model, "a toy", adapters=choices, seed=1, **FAST)[0].tobytes()
+        easel.put(choices)
+    easel.clear()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_only_what_differs_is_merged_again(model: Model, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merged: list[str] = []
+    plain = inject._merge_site
+
+    def counted(here: inject._Merged, changes: list[tuple[Adapter, float]]) -> None:
+        merged.append(changes[0][0].name)
+        plain(here, changes)
+
+    monkeypatch.setattr(inject, "_merge_site", counted)
+    teddy = workspace / "adapters" / "teddy.safetensors"
+    easel = Easel(model)
+    for choices, count in (
+        ([(teddy, 1.0)], 2),
+        ([(teddy, 1.0)], 0),
+        ([(teddy, 1.0, 0.5)], 1),
+        ([(teddy, 0.5, 0.5)], 1),
+        ([(teddy, 0.0, 0.5)], 0),
+    ):
+        merged.clear()
+        easel.put(choices)
+        assert len(merged) == count, choices
+    easel.clear()
+
+
+def test_a_merge_that_breaks_off_leaves_the_model_as_it_was(
+    model: Model, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights_of(model)
+    easel = Easel(model)
+    easel.put([workspace / "adapters" / "teddy.safetensors"])
+
+    def broken(here: inject._Merged, changes: list[tuple[Adapter, float]]) -> None:
+        here.host.weight.data.fill_(7.0)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(inject, "_merge_site", broken)
+    with pytest.raises(ZeroDivisionError):
+        easel.put([workspace / "adapters" / "style.safetensors"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(model).items())
+
+
+def test_a_file_is_read_once_until_it_changes(model: Model, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[Path] = []
+    plain = apply.bind
+    monkeypatch.setattr(apply, "bind", lambda model, file: (reads.append(file), plain(model, file))[1])
+    file = lora_file(workspace / "own.safetensors", seed=5)
+    easel = Easel(model)
+    for strength in (1.0, 0.5):
+        easel.put([(file, strength)])
+    assert len(reads) == 1
+    before = model.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q").weight.clone()
+    lora_file(file, seed=6)
+    os.utime(file, ns=(1, 1))
+    easel.put([(file, 0.5)])
+    after = model.unet.get_submodule("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_q").weight
+    assert len(reads) == 2 and not torch.equal(before, after)
+    easel.clear()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_merging_anew_is_merging_from_the_untouched_weights(method: str) -> None:
+    """Bit for bit: no strength leaves a trace in the next one, in any number format."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = torch.nn.Linear(12, 20).to(dtype)
+        known = METHODS[method]
+        plan = known.plan(known.spec(), tuple(layer.weight.shape), 1)
+        adapter = known.build(plan, layer.weight.float(), 1, torch.Generator().manual_seed(1))
+        for parameter in adapter.parameters():
+            parameter.data.normal_(std=0.3)
+        merge = inject.Merge({"m": torch.nn.Sequential(layer)})
+        merge.settle([({"m.0": adapter}, lambda site: 1.5)])
+        merge.settle([({"m.0": adapter}, lambda site: -0.3)])
+        again = layer.weight.clone()
+        merge.restore()
+        with inject.merged({"m": torch.nn.Sequential(layer)}, [({"m.0": adapter}, lambda site: -0.3)]):
+            assert torch.equal(again, layer.weight)
+
+
+# --- schedulers and early looks --------------------------------------------------------------------------------------
+def keeper(rounds: list[list[Image.Image]]) -> sample.OnLook:
+    return lambda number, new: rounds.append(new)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    return float(np.mean(np.asarray(ImageChops.difference(one, other))))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_every_scheduler_draws_and_its_early_looks_end_near_the_picture(
+    family: str, prediction: str, tmp_path: Path
+) -> None:
+    model = load_model(save_tiny(tmp_path / "model", family, prediction=prediction), device="cpu")
+    for name in SCHEDULERS:
+        rounds: list[list[Image.Image]] = []
+        options = FAST | {"steps": 8, "guidance": 1.5, "scheduler": name}
+        picture = sample.draw(model, "a toy", seeds=[1], on_look=keeper(rounds), **options)[0]
+        early = [new[0] for new in rounds]
+        assert len(early) >= 3 and picture.getextrema() != ((0, 0),) * 3
+        far = [difference(look.resize(picture.size), picture) for look in early]
+        assert far[-1] <= far[0], name
+
+
+def test_the_expected_latents_of_a_perfect_model_are_the_clean_ones() -> None:
+    """However a scheduler scales its noise: x₀ comes back from x_t and the true ε or v."""
+    model_like = load_model(STARTER, device="cpu").scheduler
+    clean, noise = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+    for prediction in ("epsilon", "v_prediction"):
+        for name in SCHEDULERS:
+            scheduler = make_scheduler(
+                type(model_like).from_config(model_like.config, prediction_type=prediction), name
+            )
+            scheduler.set_timesteps(10)
+            timestep = scheduler.timesteps[2]
+            bar = scheduler.alphas_cumprod[int(timestep)]
+            noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
+            output = noise if prediction == "epsilon" else bar.sqrt() * noise - (1 - bar).sqrt() * clean
+            is_wide = name.startswith(("Euler", "Heun"))  # these keep x = x₀ + σ ε and scale what the UNet sees
+            sigma = ((1 - bar) / bar).sqrt()
+            given = noisy * (1 + sigma**2).sqrt() if is_wide else noisy
+            if is_wide:
+                scheduler.sigmas[2] = sigma
+            found = decode.expected(scheduler, output, timestep, given)
+            torch.testing.assert_close(
+                found, clean, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_a_scheduler_that_cannot_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "model", "sd1", prediction="v_prediction", zero_snr=True), device="cpu")
+    assert own_name(model.scheduler) == "DDIM"
+    with pytest.raises(UserError, match="zero terminal SNR"):
+        make_scheduler(model.scheduler, "Heun")
+    with pytest.raises(UserError, match="Choose one of DDIM"):
+        make_scheduler(model.scheduler, "Quantum")
+
+
+def test_a_glance_says_what_the_loaded_model_says() -> None:
+    model, seen = load_model(STARTER, device="cpu"), glance_at("starter")
+    assert (seen.size, seen.size_step, seen.habits) == (model.size, model.size_step, model.habits)
+    assert glance_at("someone/unknown").size is None
+
+
+# --- requests --------------------------------------------------------------------------------------------------------
+def test_a_request_becomes_pictures_that_say_what_they_are(workspace: Path) -> None:
+    use = Use(name="teddy", strength=0.8, te_strength=0.5)
+    folder = asked(workspace, recipe(adapters=(use,)), recipe(seed=9))
+    assert studio.state_of(folder).state == "lost"  # nobody is there yet: the process is not started in these tests
+    finish(workspace)
+    state = studio.state_of(folder)
+    assert (state.state, state.done, list(state.pictures)) == ("finished", state.total, [0, 1])
+    first = images.settings_of(state.pictures[0])
+    assert (first.adapters, first.seed, first.scheduler, first.model) == ((use,), 1, "DDIM", "tiny")
+    assert images.history(workspace, most=9) == [state.pictures[1], state.pictures[0]]
+    assert studio.todo(workspace) == []
+
+
+def test_a_restored_recipe_draws_the_same_picture(workspace: Path) -> None:
+    folder = asked(workspace, recipe(adapters=(Use(name="teddy", strength=0.8),), scheduler="Euler a"))
+    finish(workspace)
+    file = studio.state_of(folder).pictures[0]
+    again = asked(workspace, images.settings_of(file))
+    finish(workspace)
+    assert pixels(studio.state_of(again).pictures[0]) == pixels(file)
+
+
+def test_no_adapter_leaks_after_a_cancel_or_an_error(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    plain = asked(workspace, recipe())
+    finish(workspace)
+    expected = pixels(studio.state_of(plain).pictures[0])
+    kept = studio_worker.Studio(workspace)
+    strong = recipe(adapters=(Use(name="teddy", strength=2.0),))
+    with_it, broken, after = (
+        asked(workspace, strong, strong),
+        asked(workspace, recipe(width=33)),
+        asked(workspace, recipe()),
+    )
+    job = studio_worker.draw_request(with_it, kept)
+    assert next(job)
+    studio.cancel(with_it)
+    assert list(job) == []
+    assert studio.state_of(with_it).state == "cancelled" and len(studio.state_of(with_it).pictures) == 1
+    list(studio_worker.draw_request(broken, kept))
+    failed = studio.state_of(broken)
+    assert failed.state == "failed" and "does not fit this model" in failed.message
+    list(studio_worker.draw_request(after, kept))
+    assert pixels(studio.state_of(after).pictures[0]) == expected
+    assert pixels(studio.state_of(with_it).pictures[0]) != expected
+
+
+def test_a_cancel_in_the_middle_of_a_picture_ends_it_there(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = asked(workspace, recipe(steps=500))
+    plain = runs.EventLog.append
+
+    def cancelling(log: runs.EventLog, event: object) -> None:
+        plain(log, event)  # type: ignore[arg-type]
+        if getattr(event, "phase", "") == "drawing":
+            studio.cancel(folder)
+
+    monkeypatch.setattr(runs.EventLog, "append", cancelling)
+    finish(workspace)
+    state = studio.state_of(folder)
+    assert state.state == "cancelled" and not state.pictures and state.done < state.total / 10
+
+
+def test_requests_take_turns_a_picture_each(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    long = asked(workspace, *(recipe(seed=n) for n in range(3)))
+    short = asked(workspace, recipe(seed=50))
+    finish(workspace)
+    order = [images.settings_of(file).seed for file in images.history(workspace, most=9)[::-1]]
+    assert order == [0, 50, 1, 2]
+    assert studio.state_of(long).state == studio.state_of(short).state == "finished"
+
+
+def test_memory_that_runs_out_is_told_once_and_the_next_request_is_drawn(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = sample.draw
+
+    def hungry(model: Model, prompt: str, **options: object) -> list[Image.Image]:
+        if prompt == "too much":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if prompt == "a bug":
+            raise RuntimeError("shapes differ")
+        return plain(model, prompt, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(sample, "draw", hungry)
+    much, bug, fine = (asked(workspace, recipe(prompt=words)) for words in ("too much", "a bug", "a toy"))
+    finish(workspace)
+    assert "The memory is not enough for this picture." in studio.state_of(much).message
+    assert "a mistake of ours" in studio.state_of(bug).message and "shapes differ" in studio.state_of(bug).message
+    assert studio.state_of(fine).state == "finished"
+
+
+def test_an_adapter_that_is_not_there_is_told_before_anything_is_asked(workspace: Path) -> None:
+    for name, words in (
+        ("tedy", 'Did you mean "teddy"'),
+        ("../adapters/teddy", "no adapter of this gallery"),
+        ("/etc/passwd", "no adapter of this gallery"),
+        ("runs/../adapters/teddy.safetensors", "is not there"),
+    ):
+        with pytest.raises(UserError, match=words):
+            asked(workspace, recipe(adapters=(Use(name=name),)))
+    assert studio.list_requests(workspace) == []
+
+
+def test_what_a_killed_studio_had_begun_is_not_begun_again(workspace: Path) -> None:
+    begun, waiting = asked(workspace, recipe()), asked(workspace, recipe(seed=2))
+    job = studio_worker.draw_request(begun, studio_worker.Studio(workspace))
+    (begun / "events.jsonl").write_text(
+        json.dumps({"event": "Prepared", "phase": "drawing", "done": 1, "total": 9, "time": 0}) + "\n"
+    )
+    finish(workspace)
+    assert studio.state_of(begun).state == "failed" and "without a word" in studio.state_of(begun).message
+    assert studio.state_of(waiting).state == "finished"
+    job.close()
+
+
+def test_old_requests_are_forgotten_and_their_pictures_stay(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio, "KEPT", 2)
+    folders = [asked(workspace, recipe(seed=n)) for n in range(4)]
+    finish(workspace)
+    finish(workspace)  # a studio tidies when it comes
+    assert studio.list_requests(workspace) == folders[:1:-1]
+    assert len(images.history(workspace, most=9)) == 4
+
+
+# --- the device ------------------------------------------------------------------------------------------------------
+def test_while_a_run_holds_the_device_a_request_waits_or_goes_ahead_when_told(workspace: Path) -> None:
+    waits, goes = asked(workspace, recipe()), asked(workspace, recipe(seed=2))
+    studio.ask(goes, "ahead")
+    kept = studio_worker.Studio(workspace)
+    with FileLock(studio.studio_lock(workspace)), FileLock(locks.device_lock("cpu")):
+        job = studio_worker.draw_request(waits, kept)
+        assert next(job) is False
+        assert next(job) is False
+        assert studio.state_of(waits).state == "waiting"
+        list(studio_worker.draw_request(goes, kept))
+        assert studio.state_of(goes).state == "finished"
+    list(job)
+    assert studio.state_of(waits).state == "finished"
+
+
+def test_the_device_is_free_between_two_pictures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    folder = asked(workspace, recipe(), recipe(seed=2))
+    job = studio_worker.draw_request(folder, studio_worker.Studio(workspace))
+    for _ in range(2):
+        assert next(job)
+        assert not locks.is_held(locks.device_lock("cpu"))
+
+
+# --- sweeps and grids ------------------------------------------------------------------------------------------------
+def test_a_sweep_changes_one_strength_and_nothing_else() -> None:
+    start = recipe(adapters=(Use(name="teddy"), Use(name="style", strength=0.4)))
+    request = studio_grid.sweep(start)
+    assert request.labels == ("0", "0.25", "0.5", "0.75", "1", "1.25", "1.5")
+    for made, label in zip(request.recipes, request.labels, strict=True):
+        assert made.adapters[0] == Use(name="teddy", strength=float(label))
+        assert made.model_copy(update={"adapters": start.adapters}) == start and made.adapters[1] == start.adapters[1]
+
+
+def test_a_grid_has_a_picture_for_each_pair_and_a_labelled_sheet(workspace: Path) -> None:
+    start = recipe(prompt="a red toy", adapters=(Use(name="teddy"),))
+    checkpoint = workspace / "runs" / "20261124-000000-sks-toy" / "checkpoints" / "000020" / "adapter.safetensors"
+    checkpoint.parent.mkdir(parents=True)
+    lora_file(checkpoint, seed=8)
+    name = checkpoint.relative_to(workspace).as_posix()
+    request = studio_grid.grid(start, across=("prompt", ["red", "blue"]), down=("adapter", ["style", name]))
+    assert (request.rows, request.columns) == (("style", "sks-toy, step 20"), ("red", "blue"))
+    assert [(one.prompt, one.adapters[0].name) for one in request.recipes] == [
+        ("a red toy", "style"), ("a blue toy", "style"), ("a red toy", name), ("a blue toy", name),
+    ]  # fmt: skip
+    folder = studio.submit(workspace, request.model_copy(update={"device": "cpu"}))
+    finish(workspace)
+    state = studio.state_of(folder)
+    assert state.state == "finished" and len({pixels(file) for file in state.pictures.values()}) == 4
+    assert state.sheet is not None and images.settings_of(state.sheet) == images.settings_of(state.pictures[0])
+
+
+@pytest.mark.parametrize(
+    ("across", "down", "words"),
+    [
+        (("seed", ["1"]), ("seed", ["2"]), "both sides|Both sides"),
+        (("seed", []), ("steps", ["2"]), "has no values"),
+        (("seed", ["1.5"]), ("steps", ["2"]), "whole number"),
+        (("guidance", ["nan"]), ("steps", ["2"]), "no value"),
+        (("strength", ["1"]), ("steps", ["2"]), "no adapter"),
+        (("prompt", ["green", "blue"]), ("steps", ["2"]), "not in the prompt"),
+        (("seed", [str(n) for n in range(9)]), ("steps", [str(n) for n in range(1, 9)]), "72 pictures"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_told(across: tuple, down: tuple, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        studio_grid.grid(recipe(), across=across, down=down)
+
+
+# --- the real process ------------------------------------------------------------------------------------------------
+@pytest.fixture
+def own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A temporary folder, and so a device lock, of this test's own, also for the processes it starts."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+
+
+def until(is_so: Callable[[], bool], *, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def started() -> Iterator[list[int]]:
+    """Processes to be ended after the test."""
+    pids: list[int] = []
+    yield pids
+    for pid in pids:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_submit_starts_one_process_that_outlives_a_kill_as_lost(
+    tmp_path: Path, tiny: Path, own_device: None, started: list[int]
+) -> None:
+    slow = recipe(model=str(tiny), steps=1000, width=64, height=64)
+    first = asked(tmp_path, slow)
+    until(lambda: studio.state_of(first).state == "drawing")
+    second = asked(tmp_path, slow)
+    pid = next(event.pid for event in runs.read_events(first)[0] if type(event).__name__ == "Launched")
+    started.append(pid)
+    assert not any(type(event).__name__ == "Launched" for event in runs.read_events(second)[0])  # it was there
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: studio.state_of(first).state == "lost")
+    third = asked(tmp_path, recipe(model=str(tiny)))
+    started += [event.pid for event in runs.read_events(third)[0] if type(event).__name__ == "Launched"]
+    until(lambda: studio.state_of(third).state == "finished")
+    assert studio.state_of(first).state == "failed"
+    os.kill(started[-1], signal.SIGTERM)  # a stop: it ends by itself, in the middle of what it draws
+    until(lambda: not locks.is_held(studio.studio_lock(tmp_path)))
+    assert not studio.state_of(second).is_live

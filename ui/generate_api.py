@@ -1,0 +1,63 @@
+"""/generate for other programs: gradio_client calls it with a prompt and gets the files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.data_classes import FileData
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import images
+from reparam_diffusion.gallery.recipe import make_recipe
+from reparam_diffusion.jobs import studio
+from ui import fragments
+from ui.door import guarded
+
+LOOK_AGAIN = 0.2  # seconds
+AT_ONCE = 4
+"""How many callers are waited for at the same time, in places of their own beside the page's."""
+
+
+def add_endpoint(workspace: Path) -> None:
+    """Offer /generate."""
+
+    def generate(  # noqa: PLR0917  (an endpoint's parameters are its arguments)
+        prompt: str,
+        adapters: list[list[Any]] | None = None,  # Any: [name, strength, text encoder strength or null]
+        negative: str | None = None,
+        seed: int = 0,
+        count: int = 1,
+        steps: int | None = None,
+        guidance: float | None = None,
+        scheduler: str = "",
+        width: int | None = None,
+        height: int | None = None,
+        model: str = "starter",
+    ) -> list[FileData]:
+        """Draw pictures from seed, seed + 1, … and give their files; what is left out is the model's own."""
+        values = {"prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance}
+        values |= {"scheduler": scheduler, "width": width, "height": height, "model": model}
+        recipe = make_recipe({**values, "adapters": [_use(one) for one in adapters or []]})
+        if not 1 <= count <= studio.MOST_PICTURES:
+            raise UserError(f"{count} pictures cannot be drawn.", do=f"Ask for 1 to {studio.MOST_PICTURES}.")
+        recipes = tuple(recipe.model_copy(update={"seed": recipe.seed + n}) for n in range(count))
+        return _awaited(studio.submit(workspace, studio.Request(recipes=recipes)), workspace)
+
+    gr.api(guarded(generate, workspace), api_name="generate", concurrency_limit=AT_ONCE, concurrency_id="generate")
+
+
+def _use(one: list[Any]) -> dict[str, Any]:  # Any: as another program gives them; make_recipe checks
+    return dict(zip(("name", "strength", "te_strength"), one, strict=False))
+
+
+def _awaited(folder: Path, workspace: Path) -> list[FileData]:
+    """The files, once all are there. Raises UserError when some are not."""
+    fragments.serve(images.images_of(workspace))
+    while (state := studio.state_of(folder)).is_live:
+        time.sleep(LOOK_AGAIN)
+    if state.state != "finished":
+        raise UserError("Not all pictures were drawn.", state.message or f"The request was {state.state}.")
+    return [FileData(path=str(state.pictures[n])) for n in sorted(state.pictures)]

@@ -1,0 +1,262 @@
+"""The controls that say what to draw, and the way between them and a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
+from reparam_diffusion.models.glance import Glance, glance_at
+from reparam_diffusion.models.schedulers import SCHEDULERS
+
+MOST_ADAPTERS = 8
+LOW, HIGH = -2.0, 2.0
+
+Updates = dict[gr.components.Component, Any]
+"""What a handler changes, by control. Any: gradio's updates."""
+Values = Mapping[gr.components.Component, Any]
+"""What gradio hands to a handler. Any: values of many kinds."""
+
+INSERT = """(prompt, words) => {
+  const box = document.querySelector("#prompt textarea");
+  const phrase = words.replace(/^\\+ /, "");
+  if (!prompt) return phrase;
+  const at = box && box.selectionEnd ? box.selectionEnd : prompt.length;
+  const before = prompt.slice(0, at).trimEnd(), after = prompt.slice(at).trimStart();
+  return before + (after ? " " + phrase + (/^[,.]/.test(after) ? "" : " ") + after : ", " + phrase);
+}"""
+"""Puts the words of a button where the cursor stands in the prompt, or at its end."""
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One adapter: which, whether it is on, its two strengths, and a button with its trigger words."""
+
+    box: gr.Column
+    on: gr.Checkbox
+    name: gr.Dropdown
+    more: gr.Column
+    strength: gr.Slider
+    linked: gr.Checkbox
+    te: gr.Slider
+    words: gr.Button
+
+
+@dataclass(frozen=True)
+class Controls:
+    """Everything that makes a recipe."""
+
+    prompt: gr.Textbox
+    rows: list[AdapterRow]
+    add: gr.Button
+    negative: gr.Textbox
+    new_seed: gr.Checkbox
+    seed: gr.Number
+    count: gr.Slider
+    steps: gr.Number
+    guidance: gr.Number
+    scheduler: gr.Dropdown
+    width: gr.Number
+    height: gr.Number
+    clip_skip: gr.Number
+    model: gr.Dropdown
+
+    def plain(self) -> list[gr.components.Component]:
+        """The controls outside the adapters' rows."""
+        return [part for part in vars(self).values() if part not in (self.rows, self.add)]
+
+    def inputs(self) -> set[gr.components.Component]:
+        """What handlers read."""
+        rows = {part for row in self.rows for part in (row.on, row.name, row.strength, row.linked, row.te)}
+        return {*self.plain(), *rows}
+
+    def changing(self) -> list[gr.components.Component]:
+        """What a restore may change."""
+        return [*self.plain(), self.add, *(part for row in self.rows for part in vars(row).values())]
+
+
+# --- drawing the controls --------------------------------------------------------------------------------------------
+def draw_prompt() -> gr.Textbox:
+    """What to draw, in words."""
+    return gr.Textbox(
+        label="Prompt",
+        placeholder="a 3d icon of a red apple on a light blue background",
+        lines=3,
+        max_lines=8,
+        elem_id="prompt",
+    )
+
+
+def draw_rows(workspace: Path) -> tuple[list[AdapterRow], gr.Button]:
+    """The adapters: one row to see at first, more on demand."""
+    rows = [_draw_row(number, adapter_choices(workspace)) for number in range(1, MOST_ADAPTERS + 1)]
+    add = gr.Button("Add another adapter", size="sm", visible=False, elem_id="add-adapter")
+    return rows, add
+
+
+def _draw_row(number: int, choices: list[tuple[str, str]]) -> AdapterRow:
+    with gr.Column(visible=number == 1, elem_classes="adapter") as box:
+        name = gr.Dropdown(choices, value="", label=f"Adapter {number}", allow_custom_value=True, min_width=160)
+        with gr.Column(visible=False, elem_classes="adapter-more") as more:
+            strength = gr.Slider(LOW, HIGH, value=1.0, step=0.05, label=f"Strength {number}")
+            te = gr.Slider(LOW, HIGH, value=1.0, step=0.05, label=f"Text encoder strength {number}", visible=False)
+            with gr.Row(elem_classes="switches"):
+                on = gr.Checkbox(True, label="On", min_width=60, elem_classes="switch")
+                linked = gr.Checkbox(True, label="Same for the text encoder", min_width=150, elem_classes="switch")
+                words = gr.Button("", size="sm", visible=False, min_width=80, elem_classes="words")
+    return AdapterRow(box, on, name, more, strength, linked, te, words)
+
+
+def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
+    """The folded settings."""
+    seen = glance_at("starter")
+    with gr.Column(elem_classes="settings"), gr.Row(elem_classes="grid"):
+        return {
+            "negative": gr.Textbox(seen.habits.negative, label="Negative prompt", info="What should not be there."),
+            "count": gr.Slider(1, 8, value=1, step=1, label="Pictures", info="Each from the next seed."),
+            "new_seed": gr.Checkbox(True, label="A new seed each time", info="Off: the seed below stays."),
+            "seed": gr.Number(0, precision=0, minimum=0, label="Seed", info="The same seed draws the same picture."),
+            "steps": gr.Number(seen.habits.steps, precision=0, label="Steps", info="More are slower and finer."),
+            "guidance": gr.Number(seen.habits.guidance, step=0.5, label="Guidance", info="How strictly to obey."),
+            "scheduler": gr.Dropdown(
+                [("The model's own", ""), *((name, name) for name in SCHEDULERS)], value="", label="Scheduler"
+            ),
+            "width": _side("Width", seen),
+            "height": _side("Height", seen),
+            "clip_skip": gr.Number(0, precision=0, minimum=0, label="Clip skip", info="Last text layers left out."),
+            "model": gr.Dropdown(
+                model_choices(workspace),
+                value="starter",
+                label="Base model",
+                info="Or the path of a folder or a .safetensors file, or a hub id.",
+                allow_custom_value=True,
+            ),
+        }
+
+
+def _side(label: str, seen: Glance) -> gr.Number:
+    about = f"In steps of {seen.size_step} pixels; empty: the model's own."
+    return gr.Number(seen.size, precision=0, step=seen.size_step, label=label, info=about)
+
+
+def adapter_choices(workspace: Path) -> list[tuple[str, str]]:
+    """(name, file's stem) of what lies on the shelf."""
+    return [("None", ""), *((one.name, one.file.stem) for one in shelf.list_adapters(workspace))]
+
+
+def model_choices(workspace: Path) -> list[tuple[str, str]]:
+    """The starter and the workspace's own models."""
+    own = sorted(p.name.removesuffix(".safetensors") for p in (workspace / "models").glob("*") if p.name[0] != ".")
+    return [("Starter (3D icons)", "starter"), *((name, name) for name in own)]
+
+
+def model_path(model: str, workspace: Path) -> str | Path:
+    """Where a model's small files may lie."""
+    own = workspace / "models" / model
+    return own if model and own.is_dir() else model
+
+
+# --- values -> recipe ------------------------------------------------------------------------------------------------
+def read_recipe(controls: Controls, values: Values, *, seed: int) -> Recipe:
+    """The recipe that the controls say, with this seed. Raises UserError for a mistake in them."""
+    adapters = [
+        {
+            "name": values[row.name],
+            "strength": values[row.strength],
+            "te_strength": None if values[row.linked] else values[row.te],
+        }
+        for row in controls.rows
+        if values[row.name] and values[row.on]
+    ]
+    names = ("prompt", "negative", "steps", "guidance", "width", "height", "model")
+    return make_recipe(
+        {name: values[getattr(controls, name)] for name in names}
+        | {"scheduler": values[controls.scheduler] or "", "clip_skip": values[controls.clip_skip] or 0}
+        | {"adapters": adapters, "seed": seed}
+    )
+
+
+# --- recipe -> controls ----------------------------------------------------------------------------------------------
+def show_recipe(controls: Controls, recipe: Recipe, workspace: Path) -> Updates:
+    """Every control as this recipe has it; the seed stays fixed, and one picture is drawn."""
+    seen = glance_at(model_path(recipe.model, workspace))
+    updates: Updates = {
+        controls.prompt: recipe.prompt,
+        controls.negative: seen.habits.negative if recipe.negative is None else recipe.negative,
+        controls.new_seed: False,
+        controls.seed: recipe.seed,
+        controls.count: 1,
+        controls.steps: recipe.steps or seen.habits.steps,
+        controls.guidance: seen.habits.guidance if recipe.guidance is None else recipe.guidance,
+        controls.scheduler: recipe.scheduler if recipe.scheduler in SCHEDULERS else "",
+        controls.width: recipe.width or seen.size,
+        controls.height: recipe.height or seen.size,
+        controls.clip_skip: recipe.clip_skip,
+        controls.model: recipe.model,
+    }
+    return updates | show_uses(controls, recipe.adapters, workspace)
+
+
+def show_uses(controls: Controls, uses: Sequence[Use], workspace: Path) -> Updates:
+    """These adapters in the rows, and the other rows empty."""
+    uses = uses[:MOST_ADAPTERS]
+    updates: Updates = {controls.add: gr.update(visible=0 < len(uses) < MOST_ADAPTERS)}
+    for number, row in enumerate(controls.rows):
+        use = uses[number] if number < len(uses) else None
+        updates |= show_use(row, use, workspace) | {row.box: gr.update(visible=number < max(1, len(uses)))}
+    return updates
+
+
+def show_use(row: AdapterRow, use: Use | None, workspace: Path) -> Updates:
+    """One row with an adapter, or empty."""
+    if use is None:
+        return {row.name: "", row.more: gr.update(visible=False), row.on: True}
+    linked = use.te_strength is None
+    te = use.strength if use.te_strength is None else use.te_strength
+    words = trigger_of(use.name, workspace)
+    return {
+        row.name: use.name,
+        row.on: True,
+        row.more: gr.update(visible=True),
+        row.strength: _slid(use.strength),
+        row.linked: linked,
+        row.te: gr.update(**_slid(te), visible=not linked),
+        row.words: gr.update(value=f"+ {words}", visible=bool(words)),
+    }
+
+
+def _slid(value: float) -> dict[str, Any]:  # Any: gradio's update
+    """A slider's value, and room for it where another program's picture went further."""
+    return gr.update(value=value, minimum=min(LOW, value), maximum=max(HIGH, value))
+
+
+def use_of(name: str, workspace: Path) -> Use:
+    """An adapter at its preferred strength."""
+    weight = _facts(name, workspace).get("preferred weight")
+    is_good = isinstance(weight, int | float) and not isinstance(weight, bool) and LOW <= weight <= HIGH and weight
+    return Use(name=name, strength=float(weight) if is_good else 1.0)  # type: ignore[arg-type]  # is_good says so
+
+
+def trigger_of(name: str, workspace: Path) -> str:
+    """The words that call an adapter; "" where its notes have none."""
+    words = _facts(name, workspace).get("activation text")
+    return words.strip() if isinstance(words, str) else ""
+
+
+def _facts(name: str, workspace: Path) -> Mapping[str, object]:
+    """What a person noted about an adapter on the shelf."""
+    return next((one.facts for one in shelf.list_adapters(workspace) if one.file.stem == name), {})
+
+
+def suggested_prompt(words: str, model: str, workspace: Path) -> str:
+    """The model's own way to ask for something called by these words."""
+    habits = glance_at(model_path(model, workspace)).habits
+    template = habits.preview[0] if habits.preview else "{trigger}"
+    ground = habits.backgrounds[4] if len(habits.backgrounds) > 4 else "plain"
+    filled = template.replace("{trigger} {class}", words).replace("{trigger}", words).replace("{background}", ground)
+    return " ".join(filled.replace("{class}", "").split())
