@@ -13,7 +13,7 @@ from reparam_diffusion.gallery.importing import Imported
 from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told
 from reparam_diffusion.gallery.shelf import Shelved, stem_of
 from reparam_diffusion.gallery.waste import Binned
-from ui.fragments import link_to, plain_size, serve
+from ui.fragments import age_of, link_to, plain_size, serve
 
 SHORT_BASES = {"starter": "Starter model", "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "unknown": ""}
 
@@ -90,7 +90,7 @@ def head_of(entry: Entry, report: Report | None) -> str:
     serve(shelved.file.parent)
     picture = ""
     if shelved.thumbnail is not None:
-        address = f"{link_to(shelved.thumbnail)}?{shelved.thumbnail.stat().st_mtime_ns}"
+        address = f"{link_to(shelved.thumbnail)}?{age_of(shelved.thumbnail)}"
         picture = f'<img class="large" src="{address}" alt="What {escape(shelved.name)} draws">'
     rows: dict[str, str] = {
         "In prompts": f"<code>&lt;lora:{escape(entry.stem)}:{entry.strength:g}&gt;</code>",
