@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import Habits, read_habits
-from reparam_diffusion.models.load import STARTER
+from reparam_diffusion.models.source import STARTER
 
 
 @dataclass(frozen=True)
