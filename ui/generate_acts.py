@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ from typing import Any
 import gradio as gr
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
-from reparam_diffusion.gallery import images
+from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import studio
+from reparam_diffusion.jobs.overview import Overview
 from ui import generate_form as form
 from ui import generate_view
 from ui.generate_form import AdapterRow, Controls, Updates, Values
@@ -30,10 +29,10 @@ class GenerateTab:
     """The controls of the tab. `shown` remembers what the browser has, so that only changes are sent."""
 
     workspace: Path
+    overview: Overview
     controls: Controls
     grid: GridControls
     draw: gr.Button
-    sweep: gr.Button
     cancel: gr.Button
     title: gr.HTML
     progress: gr.HTML
@@ -51,7 +50,7 @@ class GenerateTab:
 
     def changing(self) -> list[gr.components.Component]:
         """Everything that `open_with` and the handlers may change."""
-        own = [part for name, part in vars(self).items() if name not in ("workspace", "controls", "grid")]
+        own = [part for name, part in vars(self).items() if name not in ("workspace", "overview", "controls", "grid")]
         return [*self.controls.changing(), *own]
 
     def inputs(self) -> set[gr.components.Component]:
@@ -78,6 +77,7 @@ def chosen_adapter(tab: GenerateTab, row: AdapterRow, values: Values, *, is_last
     name = values[row.name] or ""
     updates = form.show_use(row, form.use_of(name, tab.workspace) if name else None, tab.workspace)
     updates[tab.controls.add] = gr.update(visible=bool(name) and not is_last)
+    updates[tab.controls.sweep] = gr.update(visible=any(values[one.name] for one in tab.controls.rows))
     words = form.trigger_of(name, tab.workspace)
     if words and not (values[tab.controls.prompt] or "").strip():
         updates[tab.controls.prompt] = form.suggested_prompt(words, values[tab.controls.model] or "", tab.workspace)
@@ -107,11 +107,14 @@ def restore(tab: GenerateTab, file: Path) -> Updates:
     return form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
 
 
-def keep_preferred(file: Path, strength: float) -> None:
+def keep_preferred(workspace: Path, name: str, strength: float) -> None:
     """Note an adapter's preferred strength beside it."""
-    notes = file.with_suffix(".json")
-    known = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
-    write_whole(notes, json.dumps(known | {"preferred weight": strength}, ensure_ascii=False, indent=2))
+    shelf.edit(shelf.find(name, workspace).stem, workspace, {"preferred weight": strength})
+
+
+def holder_of(tab: GenerateTab) -> Path | None:
+    """The run of this workspace that is training now."""
+    return next((folder for folder, state in tab.overview.look() if state.state == "running"), None)
 
 
 def request_called(workspace: Path, name: str | None) -> Path | None:
@@ -171,7 +174,7 @@ def _drawing_now(tab: GenerateTab, values: Values) -> Sign:
         return {"timer": (SELDOM, lambda: {tab.timer: gr.Timer(SELDOM)})}
     request, state, chosen = studio.read_request(folder), studio.state_of(folder), str(values[tab.chosen] or "")
     is_cancelling = studio.is_asked(folder, "cancel")
-    holder = generate_view.holder_of(tab.workspace) if state.state == "waiting" else None
+    holder = holder_of(tab) if state.state == "waiting" else None
     progress = generate_view.progress_of(request, state, is_cancelling=is_cancelling, holder=holder)
     looks = tuple((number, file.stat().st_mtime_ns) for number, file in state.looks.items())
     pictures = (folder.name, state.is_live, tuple(state.pictures), looks, chosen, state.sheet)

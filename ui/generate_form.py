@@ -12,6 +12,7 @@ import gradio as gr
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
 from reparam_diffusion.models.glance import Glance, glance_at
+from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.schedulers import SCHEDULERS
 
 MOST_ADAPTERS = 8
@@ -46,6 +47,10 @@ class AdapterRow:
     te: gr.Slider
     words: gr.Button
 
+    def changing(self) -> list[gr.components.Component]:
+        """What the choice of an adapter changes."""
+        return [self.on, self.name, self.more, self.strength, self.linked, self.te, self.words]
+
 
 @dataclass(frozen=True)
 class Controls:
@@ -54,6 +59,7 @@ class Controls:
     prompt: gr.Textbox
     rows: list[AdapterRow]
     add: gr.Button
+    sweep: gr.Button
     negative: gr.Textbox
     new_seed: gr.Checkbox
     seed: gr.Number
@@ -68,7 +74,7 @@ class Controls:
 
     def plain(self) -> list[gr.components.Component]:
         """The controls outside the adapters' rows."""
-        return [part for part in vars(self).values() if part not in (self.rows, self.add)]
+        return [part for part in vars(self).values() if part not in (self.rows, self.add, self.sweep)]
 
     def inputs(self) -> set[gr.components.Component]:
         """What handlers read."""
@@ -77,7 +83,7 @@ class Controls:
 
     def changing(self) -> list[gr.components.Component]:
         """What a restore may change."""
-        return [*self.plain(), self.add, *(part for row in self.rows for part in vars(row).values())]
+        return [*self.plain(), self.add, self.sweep, *(part for row in self.rows for part in vars(row).values())]
 
 
 # --- drawing the controls --------------------------------------------------------------------------------------------
@@ -92,11 +98,13 @@ def draw_prompt() -> gr.Textbox:
     )
 
 
-def draw_rows(workspace: Path) -> tuple[list[AdapterRow], gr.Button]:
-    """The adapters: one row to see at first, more on demand."""
+def draw_rows(workspace: Path) -> tuple[list[AdapterRow], gr.Button, gr.Button]:
+    """The adapters: one row to see at first, more on demand; and the buttons below them."""
     rows = [_draw_row(number, adapter_choices(workspace)) for number in range(1, MOST_ADAPTERS + 1)]
-    add = gr.Button("Add another adapter", size="sm", visible=False, elem_id="add-adapter")
-    return rows, add
+    with gr.Row(elem_classes="below-adapters"):
+        add = gr.Button("Add another adapter", size="sm", visible=False, min_width=140, elem_id="add-adapter")
+        sweep = gr.Button("Sweep the strength", size="sm", visible=False, min_width=140, elem_id="sweep")
+    return rows, add, sweep
 
 
 def _draw_row(number: int, choices: list[tuple[str, str]]) -> AdapterRow:
@@ -115,32 +123,31 @@ def _draw_row(number: int, choices: list[tuple[str, str]]) -> AdapterRow:
 def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
     """The folded settings."""
     seen = glance_at("starter")
-    with gr.Column(elem_classes="settings"), gr.Row(elem_classes="grid"):
-        return {
-            "negative": gr.Textbox(seen.habits.negative, label="Negative prompt", info="What should not be there."),
-            "count": gr.Slider(1, 8, value=1, step=1, label="Pictures", info="Each from the next seed."),
-            "new_seed": gr.Checkbox(True, label="A new seed each time", info="Off: the seed below stays."),
-            "seed": gr.Number(0, precision=0, minimum=0, label="Seed", info="The same seed draws the same picture."),
+    names = [("The model's own", ""), *((name, name) for name in SCHEDULERS)]
+    about = "Or the path of a folder or a .safetensors file, or a hub id."
+    controls: dict[str, gr.components.Component] = {
+        "model": gr.Dropdown(
+            model_choices(workspace), value="starter", label="Base model", info=about, allow_custom_value=True
+        ),
+        "negative": gr.Textbox(seen.habits.negative, label="Negative prompt", info="What should not be there."),
+    }
+    with gr.Row(elem_classes="twos"):
+        controls |= {
+            "count": gr.Slider(1, 8, value=1, step=1, label="Pictures"),
+            "scheduler": gr.Dropdown(names, value="", label="Scheduler"),
+            "new_seed": gr.Checkbox(True, label="A new seed each time", info="Off: the same seed, the same picture."),
+            "seed": gr.Number(0, precision=0, minimum=0, label="Seed"),
             "steps": gr.Number(seen.habits.steps, precision=0, label="Steps", info="More are slower and finer."),
             "guidance": gr.Number(seen.habits.guidance, step=0.5, label="Guidance", info="How strictly to obey."),
-            "scheduler": gr.Dropdown(
-                [("The model's own", ""), *((name, name) for name in SCHEDULERS)], value="", label="Scheduler"
-            ),
             "width": _side("Width", seen),
             "height": _side("Height", seen),
             "clip_skip": gr.Number(0, precision=0, minimum=0, label="Clip skip", info="Last text layers left out."),
-            "model": gr.Dropdown(
-                model_choices(workspace),
-                value="starter",
-                label="Base model",
-                info="Or the path of a folder or a .safetensors file, or a hub id.",
-                allow_custom_value=True,
-            ),
         }
+    return controls
 
 
 def _side(label: str, seen: Glance) -> gr.Number:
-    about = f"In steps of {seen.size_step} pixels; empty: the model's own."
+    about = f"In steps of {seen.size_step} pixels."
     return gr.Number(seen.size, precision=0, step=seen.size_step, label=label, info=about)
 
 
@@ -150,9 +157,8 @@ def adapter_choices(workspace: Path) -> list[tuple[str, str]]:
 
 
 def model_choices(workspace: Path) -> list[tuple[str, str]]:
-    """The starter and the workspace's own models."""
-    own = sorted(p.name.removesuffix(".safetensors") for p in (workspace / "models").glob("*") if p.name[0] != ".")
-    return [("Starter (3D icons)", "starter"), *((name, name) for name in own)]
+    """The starter and the workspace's own models, by the names that the studio and pictures know them by."""
+    return [(one.title, one.path if one.path == "starter" else one.title) for one in known_models(workspace)]
 
 
 def model_path(model: str, workspace: Path) -> str | Path:
@@ -205,7 +211,10 @@ def show_recipe(controls: Controls, recipe: Recipe, workspace: Path) -> Updates:
 def show_uses(controls: Controls, uses: Sequence[Use], workspace: Path) -> Updates:
     """These adapters in the rows, and the other rows empty."""
     uses = uses[:MOST_ADAPTERS]
-    updates: Updates = {controls.add: gr.update(visible=0 < len(uses) < MOST_ADAPTERS)}
+    updates: Updates = {
+        controls.add: gr.update(visible=0 < len(uses) < MOST_ADAPTERS),
+        controls.sweep: gr.update(visible=bool(uses)),
+    }
     for number, row in enumerate(controls.rows):
         use = uses[number] if number < len(uses) else None
         updates |= show_use(row, use, workspace) | {row.box: gr.update(visible=number < max(1, len(uses)))}

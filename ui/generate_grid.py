@@ -11,7 +11,7 @@ import gradio as gr
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import runs, studio, studio_grid
 from reparam_diffusion.jobs.studio_grid import AXES
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.generate_form import Updates, Values, adapter_choices
 
 
@@ -32,7 +32,6 @@ class GridControls:
 
 def draw_grid() -> GridControls:
     """The controls, filled in with strengths across and seeds down."""
-    gr.HTML("<h3>A grid of any two things</h3>", padding=False)
     across, across_values = _draw_side("Across", "strength")
     down, down_values = _draw_side("Down", "seed")
     return GridControls(across, across_values, down, down_values, gr.Button("Draw the grid", elem_id="draw-grid"))
@@ -40,7 +39,7 @@ def draw_grid() -> GridControls:
 
 def _draw_side(label: str, axis: str) -> tuple[gr.Dropdown, gr.Dropdown]:
     with gr.Row():
-        what = gr.Dropdown([(one.name, key) for key, one in AXES.items()], value=axis, label=label, min_width=120)
+        what = gr.Dropdown([(one.name, key) for key, one in AXES.items()], value=axis, label=label, min_width=140)
         values = gr.Dropdown(
             list(AXES[axis].example),
             value=list(AXES[axis].example),
@@ -48,7 +47,7 @@ def _draw_side(label: str, axis: str) -> tuple[gr.Dropdown, gr.Dropdown]:
             allow_custom_value=True,
             label=f"{label}: values",
             info=f"{AXES[axis].hint} Press Enter after each.",
-            min_width=180,
+            min_width=220,
             scale=2,
         )
     return what, values
@@ -56,13 +55,12 @@ def _draw_side(label: str, axis: str) -> tuple[gr.Dropdown, gr.Dropdown]:
 
 def connect(grid: GridControls, workspace: Path) -> None:
     """Another axis brings its own values."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # Any: gradio's own arguments
     for axis, values in ((grid.across, grid.across_values), (grid.down, grid.down_values)):
 
         def other(name: str, values: gr.Dropdown = values) -> Updates:
             return {values: values_for(name, workspace)}
 
-        axis.input(guarded(other, workspace), axis, [values], **quiet)
+        axis.input(guarded(other, workspace), axis, [values], **QUIET)
 
 
 def values_for(axis: str, workspace: Path) -> Any:  # Any: gradio's update

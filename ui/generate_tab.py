@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.context import Context
@@ -15,15 +14,17 @@ from gradio.context import Context
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import runs, studio, studio_grid
+from reparam_diffusion.jobs.overview import Overview
 from reparam_diffusion.models.glance import glance_at
 from ui import generate_form as form
 from ui import generate_grid, generate_view
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.generate_acts import (
     SELDOM,
     GenerateTab,
     chosen_adapter,
     drawing_to_open,
+    holder_of,
     keep_preferred,
     look,
     open_with,
@@ -37,10 +38,12 @@ from ui.generate_form import AdapterRow, Controls, Updates, Values
 
 __all__ = ["GenerateTab", "build_generate_tab", "open_with"]
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}  # Any: gradio's own arguments
 REMEMBER_IN_ADDRESS = """(drawing) => {
   const address = new URL(window.location);
-  if (drawing) address.searchParams.set("drawing", drawing);
+  if (drawing) {
+    address.searchParams.set("drawing", drawing);
+    address.searchParams.delete("run");  // what was asked for last is what a reload shows
+  }
   window.history.replaceState(null, "", address);
 }"""
 
@@ -52,16 +55,13 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
             with gr.Column(elem_classes="card"):
                 gr.HTML("<h2>What to draw</h2>", padding=False)
                 prompt = form.draw_prompt()
-                rows, add = form.draw_rows(workspace)
+                rows, add, sweep = form.draw_rows(workspace)
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw", scale=3, min_width=140)
                     cancel = gr.Button("Cancel", visible=False, size="lg", elem_id="cancel-drawing", min_width=80)
             with gr.Accordion("More settings", open=False, elem_classes="fold", elem_id="more-settings"):
                 more = form.draw_more(workspace)
-            with gr.Accordion("Compare", open=False, elem_classes="fold", elem_id="compare"):
-                sweep = gr.Button("Sweep the strength", elem_id="sweep")
-                about = "Adapter 1 at seven strengths from 0 to 1.5, with the same seed."
-                gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
+            with gr.Accordion("Compare in a grid", open=False, elem_classes="fold", elem_id="compare"):
                 grid = generate_grid.draw_grid()
         with gr.Column(scale=3, min_width=320):
             with gr.Column(elem_classes="card result-card"):
@@ -86,8 +86,9 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 )
                 about = "Press one, or drop a picture here, to use its settings again."
                 gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
+    controls = Controls(prompt=prompt, rows=rows, add=add, sweep=sweep, **more)
     tab = GenerateTab(
-        workspace, Controls(prompt=prompt, rows=rows, add=add, **more), grid, draw, sweep, cancel, title, progress,
+        workspace, Overview(workspace), controls, grid, draw, cancel, title, progress,
         offers, ahead, pause, figures, keep, history, dropped, gr.Textbox(visible="hidden", elem_id="drawing-name"),
         gr.State(""), gr.State({}), gr.Timer(SELDOM),
     )  # fmt: skip
@@ -102,6 +103,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
 # --- connecting ------------------------------------------------------------------------------------------------------
 def _connect_adapters(tab: GenerateTab) -> None:
     controls, workspace = tab.controls, tab.workspace
+    names = {row.name for row in controls.rows}
     for number, row in enumerate(controls.rows):
 
         def choose(values: Values, row: AdapterRow = row, number: int = number) -> Updates:
@@ -109,8 +111,19 @@ def _connect_adapters(tab: GenerateTab) -> None:
 
         row.name.input(
             guarded(choose, workspace),
-            {row.name, controls.prompt, controls.model},
-            [row.name, row.on, row.more, row.strength, row.linked, row.te, row.words, controls.prompt, controls.add],
+            {*names, controls.prompt, controls.model},
+            [
+                controls.sweep,
+                row.name,
+                row.on,
+                row.more,
+                row.strength,
+                row.linked,
+                row.te,
+                row.words,
+                controls.prompt,
+                controls.add,
+            ],
             **QUIET,
         )
         row.linked.input(
@@ -126,7 +139,6 @@ def _connect_adapters(tab: GenerateTab) -> None:
         free = used.index(False) if False in used else len(used) - 1
         return {controls.rows[free].box: gr.update(visible=True), controls.add: gr.update(visible=False)}
 
-    names = {row.name for row in controls.rows}
     boxes = [row.box for row in controls.rows]
     controls.add.click(guarded(add, workspace), names, [*boxes, controls.add], **QUIET)
 
@@ -164,7 +176,7 @@ def _connect_drawing(tab: GenerateTab) -> None:
     makers = (
         (tab.draw.click, several),
         (tab.controls.prompt.submit, several),
-        (tab.sweep.click, lambda values, recipe: studio_grid.sweep(recipe)),
+        (tab.controls.sweep.click, lambda values, recipe: studio_grid.sweep(recipe)),
         (tab.grid.go.click, lambda values, recipe: generate_grid.read_grid(tab.grid, values, recipe)),
     )
     for event, make in makers:
@@ -182,7 +194,7 @@ def _connect_drawing(tab: GenerateTab) -> None:
         return guarded(pressed, workspace)
 
     def pause_run(folder: Path) -> None:
-        holder = generate_view.holder_of(workspace)
+        holder = holder_of(tab)
         if holder is None:
             raise UserError("No run of this workspace is training.", do="Wait, or go ahead.")
         runs.ask(holder, "pause")
@@ -207,26 +219,29 @@ def _connect_drawing(tab: GenerateTab) -> None:
 
 
 def _connect_restoring(tab: GenerateTab) -> None:
-    """A picture of the sweep gives its strength; one of the history, or one dropped here, all its settings."""
-    workspace, row = tab.workspace, tab.controls.rows[0]
+    """A picture of a sweep gives its strength; one of the history, or one dropped here, all its settings."""
+    workspace, rows = tab.workspace, tab.controls.rows
 
     def choose(values: Values, event: gr.EventData) -> Updates:
         label = str(event.pick)
         strength = next((one for one in studio_grid.SWEEP if f"{one:g}" == label), None)
-        if strength is None:
+        request = request_shown(tab, values)
+        if strength is None or request is None:
             return {tab.chosen: gr.skip()}
-        return {tab.chosen: label, row.strength: strength, **look(tab, {**values, tab.chosen: label})}
+        taken = {row.strength: strength for row in rows if values[row.name] == request.about}
+        return {tab.chosen: label, **taken, **look(tab, {**values, tab.chosen: label})}
 
     def keep(values: Values) -> Updates:
         request = request_shown(tab, values)
         if request is None or not values[tab.chosen]:
             raise UserError("No strength is chosen.", do="Press one under the pictures.")
-        keep_preferred(studio.adapter_file(request.about, workspace), float(values[tab.chosen]))
+        keep_preferred(workspace, request.about, float(values[tab.chosen]))
         gr.Info(f"{studio_grid.short_name(request.about)} now starts at strength {values[tab.chosen]}.")
         return {tab.keep: gr.update(visible=False)}
 
     seen = {tab.drawing, tab.chosen, tab.shown}
-    tab.figures.click(guarded(choose, workspace), seen, [tab.chosen, row.strength, *tab.looked_at()], **QUIET)
+    names, sliders = {row.name for row in rows}, [row.strength for row in rows]
+    tab.figures.click(guarded(choose, workspace), seen | names, [tab.chosen, *sliders, *tab.looked_at()], **QUIET)
     tab.keep.click(guarded(keep, workspace), seen, tab.keep, **QUIET)
 
     def again(event: gr.EventData) -> Updates:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from reparam_diffusion.gallery import images
-from reparam_diffusion.jobs import runs, studio
+from reparam_diffusion.jobs import studio
 from reparam_diffusion.jobs.studio import Request, RequestState
 from reparam_diffusion.jobs.studio_grid import short_name
 from ui import fragments
@@ -72,11 +72,6 @@ def _words(request: Request, state: RequestState) -> str:
 def _who_holds(holder: Path | None) -> str:
     who = f"The run {holder.name} is training" if holder else "Another program is working"
     return f"{who} on this device. Your pictures come when it is done. You can also go ahead; both will be slower then."
-
-
-def holder_of(workspace: Path) -> Path | None:
-    """The run of this workspace that is training now."""
-    return next((one for one in runs.list_runs(workspace)[:20] if runs.state_of(one).state == "running"), None)
 
 
 # --- the pictures ----------------------------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ class Adapter(nn.Module):
         """What is added to the host's bias; None where the format has none."""
         return None
 
+    @property
+    def reads_weight(self) -> bool:
+        """Whether ΔW depends on W, as that of rotations and of weight decomposition does."""
+        return self.magnitude is not None
+
     # --- the fast path -----------------------------------------------------------------------------------------------
     @property
     def reads_output(self) -> bool:

@@ -97,6 +97,10 @@ class Oft(Adapter):
         return torch.cat(changed).reshape(weight.shape)
 
     @property
+    def reads_weight(self) -> bool:
+        return True
+
+    @property
     def reads_output(self) -> bool:
         return self.plan.side == "output" or self.magnitude is not None
 
@@ -191,7 +195,7 @@ register(
     Method(
         name="oft",
         title="OFT",
-        summary="Learns by rotation; keeps the model's other skills best.",
+        summary="Learns by rotation; keeps other skills best.",
         spec=OftSpec,
         adapter=Oft,
         plan=plan_oft,

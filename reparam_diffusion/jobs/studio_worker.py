@@ -21,6 +21,7 @@ from reparam_diffusion.files import beside
 from reparam_diffusion.gallery import images
 from reparam_diffusion.gallery.recipe import Recipe, filled
 from reparam_diffusion.jobs import locks, runs, studio, worker
+from reparam_diffusion.jobs.overview import Overview
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +39,7 @@ class Studio:
     def __init__(self, workspace: Path, stop: Callable[[], str] = lambda: "") -> None:
         self.workspace = workspace
         self.stop = stop
+        self.overview = Overview(workspace)
         self._easel: Easel | None = None
         self._model = ("", "")
 
@@ -275,7 +277,7 @@ def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str
             got_on = got_on or bool(went)
             if went is None:
                 del jobs[folder]
-            elif went and _somebody_waits(workspace):
+            elif went and any(state.state == "queued" for _, state in kept.overview.look()):
                 time.sleep(GIVE_WAY)
         if jobs:
             last = time.monotonic()
@@ -297,11 +299,6 @@ def _give_up_lost(workspace: Path) -> None:
                 log.append(e.Failed("The studio ended without a word.", "It may have been killed.", "Draw it again."))
             (folder / "todo").unlink(missing_ok=True)
     studio.tidy(workspace)
-
-
-def _somebody_waits(workspace: Path) -> bool:
-    """Whether a run of this workspace waits for a device."""
-    return any(runs.state_of(folder).state == "queued" for folder in runs.list_runs(workspace)[:20])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

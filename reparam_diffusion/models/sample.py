@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
-LOOKS = 6
-"""How many early looks there are at a picture."""
+LOOKS, LOOK_EVERY = 6, 10
+"""How many early looks there are at a picture, and after how many steps there is one at the latest."""
 
 OnStep = Callable[[int, int], bool]
 """(steps done, of how many); True ends the drawing early."""
@@ -101,7 +101,7 @@ def _progress(
             pipe._interrupt = True
             pipe.was_cancelled = True
             return values
-        is_due = (step + 1) % max(2, steps // LOOKS) == 0 and step + 1 < steps
+        is_due = (step + 1) % min(max(2, steps // LOOKS), LOOK_EVERY) == 0 and step + 1 < steps
         if on_look is not None and watcher is not None and watcher.clean is not None and is_due:
             on_look(first, look(model, watcher.clean))
         return values

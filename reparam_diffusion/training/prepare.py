@@ -47,7 +47,8 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
     pictures, refused = find_pictures(data.images, least_side=max(32, model.size // 4))
     captions = captions_of(model, config, pictures)
     resolution = data.resolution or model.size
-    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution):
+    expected = f"{data.class_word} {model.habits.caption} {model.habits.class_prompt}"
+    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution, expected=expected):
         yield Warned(note)
     for caption in dict.fromkeys(captions):
         if is_too_long(model, caption):

@@ -1,0 +1,215 @@
+"""The Generate tab in a real browser, over the real studio and the starter model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from gradio_client import Client
+from page_browser import SLOW, Open, Served, open_browser, open_pages, serve_page
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect
+from safetensors.torch import save_file
+
+from reparam_diffusion.gallery import images, shelf
+from reparam_diffusion.gallery.recipe import Use
+from reparam_diffusion.jobs import locks
+
+pytestmark = pytest.mark.page
+APPLE = "a 3d icon of a red apple on a light blue background"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("generate")
+    facts = {"activation text": "sks toy"}
+    shelf.add(lora_file(folder / "lora.safetensors"), folder / "workspace", name="Teddy", facts=facts)
+    with serve_page(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def opened(browser: Browser, served: Served) -> Iterator[Open]:
+    with open_pages(browser, served) as opened:
+        yield opened
+
+
+def lora_file(file: Path) -> Path:
+    """A small LoRA for the starter model."""
+    chance = torch.Generator().manual_seed(0)
+    site = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
+    down, up = torch.randn(4, 192, generator=chance), torch.randn(288, 4, generator=chance)
+    save_file({f"{site}.lora_down.weight": down, f"{site}.lora_up.weight": up}, file)
+    return file
+
+
+def generate_tab(page: Page, *, steps: int = 2) -> Page:
+    """The page with the tab open and few steps set."""
+    page.get_by_role("tab", name="Generate").click()
+    page.get_by_role("button", name="More settings").click()
+    page.get_by_label("Steps", exact=True).fill(str(steps))
+    return page
+
+
+def choose_teddy(page: Page) -> None:
+    page.get_by_label("Adapter 1", exact=True).click()
+    page.get_by_role("option", name="Teddy").click()
+    expect(page.get_by_role("button", name="+ sks toy")).to_be_visible()
+
+
+def test_a_prompt_becomes_a_picture(opened: Open, served: Served) -> None:
+    page = generate_tab(opened())
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text("Say what to draw.")).to_be_visible()
+    page.get_by_label("Prompt", exact=True).fill(APPLE)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text(re.compile(r"^1 picture in"))).to_be_visible(timeout=SLOW)
+    picture = page.get_by_role("img", name=re.compile(f"^{APPLE}, seed"))
+    assert picture.evaluate("image => image.decode().then(() => image.naturalWidth)") == 128
+    expect(page.get_by_role("img", name=re.compile("^A picture drawn on"))).to_have_count(1)
+    (file,) = images.history(served.workspace, most=9)
+    settings = images.settings_of(file)
+    assert (settings.prompt, settings.steps, str(settings.seed)) == (
+        APPLE,
+        2,
+        page.get_by_label("Seed", exact=True).input_value(),
+    )
+
+
+def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_there(opened: Open) -> None:
+    page = generate_tab(opened(), steps=900)
+    page.get_by_label("Prompt", exact=True).fill(APPLE)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
+    page.reload()  # its address says which drawing it was, and the tab opens by itself
+    expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
+    other = opened()
+    other.get_by_role("tab", name="Generate").click()
+    expect(other.get_by_role("img", name=re.compile("^An early look"))).to_be_visible(timeout=SLOW)
+    other.get_by_role("button", name="Cancel").click()
+    for one in (other, page):
+        expect(one.get_by_text("0 of 1 picture drawn")).to_be_visible(timeout=SLOW)
+        expect(one.get_by_role("button", name="Cancel")).to_be_hidden()
+
+
+def test_a_sweep_finds_the_strength_that_is_kept_as_preferred(opened: Open, served: Served) -> None:
+    page = generate_tab(opened())
+    choose_teddy(page)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a 3d icon of sks toy on a pink background")
+    page.get_by_role("button", name="Sweep the strength").click()
+    expect(page.get_by_text(re.compile(r"^7 pictures in"))).to_be_visible(timeout=SLOW)
+    page.get_by_role("button", name="0.75", exact=True).click()
+    expect(page.get_by_role("button", name="0.75", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_label("number input for Strength 1")).to_have_value("0.75")
+    page.get_by_role("button", name="Keep 0.75 as preferred").click()
+    expect(page.get_by_text("now starts at strength 0.75")).to_be_visible()
+    notes = json.loads((served.workspace / "adapters" / "teddy.json").read_text())
+    assert notes["preferred weight"] == 0.75 and notes["activation text"] == "sks toy"
+    other = generate_tab(opened())
+    choose_teddy(other)
+    expect(other.get_by_label("number input for Strength 1")).to_have_value("0.75")
+
+
+def test_a_dropped_picture_and_a_press_in_the_history_bring_every_setting_back(opened: Open, tmp_path: Path) -> None:
+    recipe = images.Recipe(
+        prompt="a 3d icon of a dog", negative="blue", seed=11, steps=3, guidance=2.5, scheduler="Euler a", width=96,
+        height=160, clip_skip=1, adapters=(Use(name="teddy", strength=-0.5, te_strength=0.25),),
+    )  # fmt: skip
+    file = images.save_picture(Image.new("RGB", (96, 160)), recipe, tmp_path / "dropped.png")
+    page = generate_tab(opened())
+    page.locator("#drop-picture input[type=file]").set_input_files(file)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a 3d icon of a dog")
+    expect(page.get_by_role("textbox", name="Negative prompt")).to_have_value("blue")
+    shown = {"Seed": "11", "Steps": "3", "Guidance": "2.5", "Width": "96", "Height": "160"}
+    for label, value in shown.items():
+        expect(page.get_by_label(label, exact=True)).to_have_value(value)
+    expect(page.get_by_label("number input for Strength 1")).to_have_value("-0.5")
+    expect(page.get_by_label("number input for Text encoder strength 1")).to_have_value("0.25")
+    expect(page.get_by_label("Scheduler", exact=True)).to_have_value("Euler a")
+    expect(page.get_by_label("A new seed each time")).not_to_be_checked()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_text(re.compile(r"^1 picture in"))).to_be_visible(timeout=SLOW)
+    page.get_by_label("Prompt", exact=True).fill("something else")
+    page.get_by_label("Steps", exact=True).fill("9")
+    page.get_by_role("img", name=re.compile("^A picture drawn on")).first.click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value("a 3d icon of a dog")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("3")
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    page.locator("#drop-picture input[type=file]").set_input_files(tmp_path / "plain.png")
+    expect(page.get_by_text("There are no settings in this picture.")).to_be_visible()
+
+
+def test_while_the_device_is_held_the_page_offers_to_go_ahead(
+    opened: Open, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(served.workspace.parent / "temporary"))
+    page = generate_tab(opened())
+    page.get_by_label("Prompt", exact=True).fill(APPLE)
+    with FileLock(locks.device_lock("cpu")):
+        page.get_by_role("button", name="Draw", exact=True).click()
+        expect(page.get_by_text("Another program is working on this device.")).to_be_visible(timeout=SLOW)
+        page.get_by_role("button", name="Go ahead anyway").click()
+        expect(page.get_by_text(re.compile(r"^1 picture in"))).to_be_visible(timeout=SLOW)
+        expect(page.get_by_role("button", name="Go ahead anyway")).to_be_hidden()
+
+
+def test_a_grid_of_two_things_becomes_a_sheet(opened: Open, served: Served) -> None:
+    page = generate_tab(opened())
+    choose_teddy(page)
+    page.get_by_role("button", name="Compare in a grid").click()
+    for label in ("Across: values", "Down: values"):
+        page.get_by_label(label, exact=True).press("Backspace")  # the last of three
+        page.get_by_label(label, exact=True).press("Escape")
+    page.get_by_role("button", name="Draw the grid").click()
+    expect(page.get_by_text(re.compile(r"^4 pictures in"))).to_be_visible(timeout=SLOW)
+    expect(page.get_by_role("link", name="Open the sheet")).to_be_visible()
+    sheet = images.history(served.workspace, most=1)[0]
+    assert sheet.stem.endswith("-grid") and Image.open(sheet).width > 256
+
+
+def test_other_programs_draw_through_the_endpoint(served: Served) -> None:
+    client = Client(served.address, verbose=False)
+    files = client.predict(APPLE, [["teddy", 0.5, None]], seed=5, count=2, steps=2, api_name="/generate")
+    settings = [images.settings_of(Path(file)) for file in files]
+    assert [(one.seed, one.steps, one.adapters) for one in settings] == [
+        (5, 2, (Use(name="teddy", strength=0.5),)),
+        (6, 2, (Use(name="teddy", strength=0.5),)),
+    ]
+    with pytest.raises(Exception, match="Did you mean"):
+        client.predict(APPLE, [["tedy"]], steps=2, api_name="/generate")
+
+
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
+    page = generate_tab(opened(width=width, height=height))
+    choose_teddy(page)
+    page.get_by_role("button", name="Compare in a grid").click()
+    expect(page.get_by_role("button", name="Draw the grid")).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = page.evaluate(
+        """() => [...document.querySelectorAll(".generate button span:not(.icon), .generate label, .generate p, .generate h2")]
+            .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0)
+            .map(e => e.outerHTML.slice(0, 200))"""
+    )
+    assert cut == []
+    assert page.locator(".generate img:not([alt]), .generate img[alt='']").count() == 0
+
+
+def test_the_prompt_the_adapter_and_draw_stand_above_the_fold(opened: Open) -> None:
+    page = opened()
+    page.get_by_role("tab", name="Generate").click()
+    for part in (page.get_by_label("Prompt", exact=True), page.get_by_label("Adapter 1", exact=True)):
+        expect(part).to_be_in_viewport()
+    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_in_viewport(ratio=1)
+    expect(page.get_by_role("heading", name="Result")).to_be_in_viewport()
