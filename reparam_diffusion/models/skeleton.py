@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from reparam_diffusion.models.load import Family, quiet
+from reparam_diffusion.models.load import Family
+from reparam_diffusion.models.quiet import quiet
 
 _UNETS: dict[str, dict[str, Any]] = {
     "sd1": {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768},
