@@ -24,13 +24,12 @@ from reparam_diffusion.models import checkpoint as checkpoints
 from reparam_diffusion.models.checkpoint import TEXT, UNET, VAE, Checkpoint, Kind, read_checkpoint
 from reparam_diffusion.models.load import load_model
 from reparam_diffusion.models.outline import outline, shape_of
-from reparam_diffusion.models.parts import ASSETS, Parts, clip_tokenizers, empty_parts
+from reparam_diffusion.models.parts import MODEL_CONFIGS, Parts, clip_tokenizers, empty_parts
 from reparam_diffusion.models.single_file import fill_parts
 from reparam_diffusion.models.source import find_source
 from reparam_diffusion.training.loop import train
 
 KINDS: list[Kind] = ["sd1", "sd2-base", "sd2-768-v", "sdxl"]
-CONFIGS = ASSETS / "model-configs"
 SMALL = {
     "unet": {"norm_num_groups": 4, "attention_head_dim": 4, "sample_size": 8},
     "vae": {"block_out_channels": [4, 8, 8, 8], "norm_num_groups": 2},
@@ -42,20 +41,20 @@ SMALL = {
 def full() -> dict[Kind, Parts]:
     """The real shapes of every kind on the meta device."""
     with torch.device("meta"):
-        return {kind: empty_parts(CONFIGS / kind) for kind in KINDS}
+        return {kind: empty_parts(MODEL_CONFIGS / kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
 def small_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our configurations, each layer with few channels; what tells the kinds apart is kept."""
     place = tmp_path_factory.mktemp("assets")
-    for file in CONFIGS.glob("*/*/*.json"):
+    for file in MODEL_CONFIGS.glob("*/*/*.json"):
         config = json.loads(file.read_text(encoding="utf-8"))
         if file.name == "config.json":
             config |= SMALL["text" if "text" in file.parent.name else file.parent.name]
         if file.parent.name == "unet":
             config["block_out_channels"] = [8, 16, 16, 16][: len(config["block_out_channels"])]
-        target = place / "model-configs" / file.relative_to(CONFIGS)
+        target = place / file.relative_to(MODEL_CONFIGS)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(config), encoding="utf-8")
     return place
@@ -63,8 +62,8 @@ def small_configs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(small_configs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(checkpoints, "ASSETS", small_configs)
-    return small_configs / "model-configs"
+    monkeypatch.setattr(checkpoints, "MODEL_CONFIGS", small_configs)
+    return small_configs
 
 
 def save_sparse(file: Path, state: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
@@ -126,7 +125,7 @@ def test_every_key_of_a_full_checkpoint_finds_its_place(kind: Kind, full: dict[K
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokenizers_pad_as_their_model_was_trained(kind: Kind) -> None:
-    tokenizers = clip_tokenizers(CONFIGS / kind)
+    tokenizers = clip_tokenizers(MODEL_CONFIGS / kind)
     ends = {"sd1": [49407], "sd2-base": [0], "sd2-768-v": [0], "sdxl": [49407, 0]}[kind]
     assert len(tokenizers) == len(ends)
     for tokenizer, end in zip(tokenizers, ends, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.models.parts import ASSETS
+from reparam_diffusion.models.parts import MODEL_CONFIGS
 
 Kind = Literal["sd1", "sd2-base", "sd2-768-v", "sdxl"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -55,7 +55,7 @@ class Checkpoint:
     @property
     def configs(self) -> Path:
         """Our configuration folder for its kind."""
-        return ASSETS / "model-configs" / self.kind
+        return MODEL_CONFIGS / self.kind
 
 
 def read_header(file: Path) -> tuple[Shapes, dict[str, str]]:

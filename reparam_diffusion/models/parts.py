@@ -11,6 +11,8 @@ from typing import Any
 from reparam_diffusion.errors import UserError
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
+MODEL_CONFIGS = ASSETS / "model-configs"
+"""A folder in diffusers' layout, without weights, for each kind of single file."""
 VOCABULARY = ASSETS / "clip-vocabulary"
 """CLIP's, for models that bring no tokenizer."""
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
