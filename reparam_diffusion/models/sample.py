@@ -59,7 +59,7 @@ def draw(
     width, height = width or model.size, height or model.size
     _check_size(model, width, height)
     pictures: list[Image] = []
-    room = at_once(model, width, height)
+    room = at_once(model.device, width, height)
     with torch.no_grad():
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
         pipe = _pipeline(model, make_scheduler(model.scheduler, scheduler))
@@ -83,9 +83,9 @@ def draw(
     return pictures
 
 
-def at_once(model: Model, width: int, height: int) -> int:
+def at_once(device: torch.device, width: int, height: int) -> int:
     """How many pictures of a size are drawn side by side."""
-    room = 8 * 128 * 128 if model.device.type == "cpu" else 4 * 1024 * 1024  # pixels
+    room = 8 * 128 * 128 if device.type == "cpu" else 4 * 1024 * 1024  # pixels
     return max(1, room // (width * height))
 
 
@@ -126,7 +126,7 @@ def _pipeline(model: Model, scheduler: Any) -> Any:
     """diffusers' pipeline over the model's own parts. Any: diffusers' classes."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-    from reparam_diffusion.models.load import quiet
+    from reparam_diffusion.models.quiet import quiet
 
     parts: dict[str, Any] = {
         "vae": model.vae,
