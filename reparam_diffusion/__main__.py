@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.jobs import check_commands, file_commands, model_commands
 
 if TYPE_CHECKING:
     from reparam_diffusion.events import Event
@@ -39,7 +40,7 @@ def train(
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
     workspace: Workspace = Path("workspace"),
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be trained: layers, numbers, file size.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say what it would cost: file, time, memory.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train an adapter on a folder of pictures. Ctrl-C stops and keeps what was learned."""
@@ -71,9 +72,9 @@ def train(
             "Several would each make a run of their own.",
             "Call reparam_diffusion.train(config, folder=…) from a script under accelerate launch.",
         )
-    find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
+    pictures, _ = find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
-        _say_plan(config)
+        _say_plan(config, workspace, pictures=len(pictures))
         return
     folder = create_run(config, workspace, now=datetime.now())
     _follow(work(folder), folder, as_json=as_json)
@@ -230,6 +231,10 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     typer.echo(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
+for commands in (file_commands, model_commands, check_commands):
+    commands.register(app)
+
+
 def _run_folder(run: str, workspace: Path) -> Path:
     """A run by its folder, its name, or "last"."""
     from reparam_diffusion.jobs.runs import list_runs
@@ -267,18 +272,13 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _say_plan(config: Any) -> None:
-    """Layers, parameters and file size before training. Any: config's module is imported late."""
-    from reparam_diffusion.models.load import load_model
-    from reparam_diffusion.targets import count_parameters, file_bytes
-    from reparam_diffusion.training.learner import plan_run
+def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
+    """What the run would cost. Any: config's module is imported late."""
+    from reparam_diffusion.jobs.estimates import cost_here
 
-    sites = plan_run(load_model(config.model.path, device="cpu"), config)
-    size = file_bytes(sites) / 1e6
-    typer.echo(f"{len(sites)} layers, {count_parameters(sites):,} parameters, a file of about {size:.1f} MB.")
-    notes = {f"{site.site}: {note}" for site in sites if (note := getattr(site.plan, "note", ""))}
-    for note in sorted(notes):
-        typer.echo(f"  {note}")
+    cost = cost_here(config, pictures=pictures, workspace=workspace)
+    for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
+        typer.echo(line)
 
 
 def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> None:

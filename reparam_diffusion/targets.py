@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -166,16 +168,42 @@ def build_adapters(parts: Parts, sites: Sequence[SitePlan], *, seed: int) -> dic
 
 def count_parameters(sites: Sequence[SitePlan]) -> int:
     """Trainable numbers of planned sites, without building on the real weights."""
-    total = 0
+    return sum(_blank(planned).parameters for planned in sites)
+
+
+def file_bytes(sites: Sequence[SitePlan], precision: str = "fp16") -> int:
+    """The finished file's size before it exists, its header included."""
+    each = 4 if precision == "fp32" else 2
+    total = _HEADER_BYTES
     for planned in sites:
-        with torch.device("meta"):
-            shape_only = METHODS[planned.method].adapter(planned.shape, planned.plan)
-        total += sum(parameter.numel() for parameter in shape_only.parameters())
-        if getattr(planned.plan, "weight_decompose", False):
-            total += planned.shape[0]
+        for leaf, shape in _blank(planned).leaves:
+            size = 4 if leaf == "alpha" else each * shape_size(shape)
+            entry = {"dtype": "F16", "shape": shape, "data_offsets": [total, total + size]}
+            total += size + len(json.dumps({f"lora_{planned.site}.{leaf}": entry}, separators=(",", ":")))
     return total
 
 
-def file_bytes(sites: Sequence[SitePlan]) -> int:
-    """The file's size in fp16 before it exists; the header and alphas add about 200 bytes a site."""
-    return 2 * count_parameters(sites) + 200 * len(sites) + shape_size((4096,))
+_HEADER_BYTES = 8_000
+"""What a file's header tells of the run, its settings included."""
+
+
+@dataclass(frozen=True)
+class _Blank:
+    """What one site has to learn, and the tensors that the finished file holds for it."""
+
+    parameters: int
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def _blank(planned: SitePlan) -> _Blank:
+    return _blank_of(planned.method, planned.plan, planned.shape, planned.groups)
+
+
+@lru_cache(maxsize=4096)
+def _blank_of(method: str, plan: Plan, shape: tuple[int, ...], groups: int) -> _Blank:
+    """Sites of one shape are alike, and a model has few shapes."""
+    build, weight = METHODS[method].build, torch.empty(shape, device="meta")
+    learned = build(plan, weight, groups, generator(0))
+    kept = build(plan.finished(), weight, groups, generator(0))
+    leaves = {leaf: tuple(tensor.shape) for leaf, tensor in kept.tensors().items()}
+    return _Blank(sum(parameter.numel() for parameter in learned.parameters()), tuple(leaves.items()))

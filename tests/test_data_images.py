@@ -8,6 +8,7 @@ import random
 import struct
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -351,3 +352,8 @@ def test_a_person_is_told_what_matters_before_start() -> None:
 def test_there_is_nothing_to_say_about_a_good_set() -> None:
     pictures = [a_picture(f"{n}.png") for n in range(8)]
     assert look_over(pictures, [], ["a photo of sks toy"] * 8, trigger="sks", resolution=512) == []
+    captioned = [replace(picture, caption="an icon of sks toy on grass") for picture in pictures]
+    said = look_over(
+        captioned, [], [p.caption for p in captioned], trigger="sks", resolution=512, expected="toy icon of"
+    )
+    assert said == [one for one in said if "share these words: grass." in one] and said

@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import torch
 from torch import nn
 
 from reparam_diffusion.formats.keys import Key, parse_key
@@ -23,56 +22,16 @@ from reparam_diffusion.formats.names import (
     ldm_path,
     spellings,
 )
+from reparam_diffusion.models.skeleton import skeleton
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("sd1", "sd2", "sdxl")
-COMMON = {"sample_size": 64, "attention_head_dim": 8, "cross_attention_dim": 768}
-REAL = {
-    "sd1": COMMON,
-    "sd2": COMMON | {"attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024, "use_linear_projection": True},
-    "sdxl": {
-        "sample_size": 128,
-        "block_out_channels": [320, 640, 1280],
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "transformer_layers_per_block": [1, 2, 10],
-        "attention_head_dim": [5, 10, 20],
-        "cross_attention_dim": 2048,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    },
-}
 
 
 @cache
 def golden(family: str) -> dict:
     """{"unet": [[path, class, shape, LDM path]], "text_encoders": [[prefix, [[path, class, shape]]]]}"""
     return json.loads(gzip.decompress((GOLDEN / f"keymap_{family}.json.gz").read_bytes()))
-
-
-@cache
-def real_unet(family: str) -> nn.Module:
-    """The real topology, without weights."""
-    from diffusers import UNet2DConditionModel
-
-    with torch.device("meta"):
-        return UNet2DConditionModel(**REAL[family])
-
-
-def real_text_encoders(family: str) -> dict[str, nn.Module]:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    sizes = {"sd1": [(768, 3072, 12)], "sd2": [(1024, 4096, 23)], "sdxl": [(768, 3072, 12), (1280, 5120, 32)]}
-    models: dict[str, nn.Module] = {}
-    with torch.device("meta"):
-        for part, (width, inner, layers) in zip(("te1", "te2"), sizes[family], strict=False):
-            config = CLIPTextConfig(
-                hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, projection_dim=width
-            )
-            models[part] = CLIPTextModelWithProjection(config) if part == "te2" else CLIPTextModel(config)
-    return models
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,7 +50,7 @@ def test_every_flat_ldm_name_leads_back_without_a_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_live_model_accepts_both_spellings_of_every_golden_layer(family: str) -> None:
-    parts = {"unet": real_unet(family), **real_text_encoders(family)}
+    parts = skeleton(family)
     table = spellings(parts)
     rows = golden(family)
     for path, _, shape, ldm in rows["unet"]:
@@ -107,7 +66,7 @@ def test_a_live_model_accepts_both_spellings_of_every_golden_layer(family: str) 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_files_are_written_with_the_names_that_other_programs_read(family: str) -> None:
-    parts = {"unet": real_unet(family), **real_text_encoders(family)}
+    parts = skeleton(family)
     layout = layout_of(parts)
     rows = golden(family)
     wanted = {

@@ -20,9 +20,10 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.adalora import Adalora
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.container import TensorFile, data_hash
 from reparam_diffusion.formats.header import TrainingFacts, build_header
 from reparam_diffusion.formats.read import read_adapter
-from reparam_diffusion.formats.write import write_adapter
+from reparam_diffusion.formats.write import AdapterWriter, write_adapter
 from reparam_diffusion.inject import find_module
 
 SPECS = {
@@ -307,10 +308,29 @@ def test_hashes_are_those_of_the_bytes_whatever_the_header(parts: dict, tmp_path
 
 def test_the_legacy_hash_covers_64_kib_after_the_first_mebibyte(tmp_path: Path) -> None:
     """The legacy hash of a file over 1 MiB, by kohya's rule: bytes 1 MiB to 1 MiB + 64 KiB of the ss_-only file."""
-    from reparam_diffusion.formats.header import hashes
-
-    tensors: dict[str, Tensor] = {"x.lora_up.weight": torch.randn(600, 600, generator=torch.Generator().manual_seed(0))}
-    told = hashes(tensors, {"ss_a": "1", "modelspec.title": "left out"})
-    save_file(tensors, tmp_path / "a.safetensors", {"ss_a": "1"})
+    tensors: dict[str, Tensor] = {
+        "x.lora_up.weight": torch.randn(600, 600, generator=torch.Generator().manual_seed(0)),
+        "x.alpha": torch.tensor(2.0),
+        "a.lora_up.weight": torch.ones(3, 5).half(),
+    }
+    with TensorFile(tmp_path / "ours.safetensors") as file:
+        for name, tensor in tensors.items():
+            file.add(name, tensor)
+        file.finish({"ss_a": "ü", "modelspec.title": "left out"})
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_a": "ü"})
     content = (tmp_path / "a.safetensors").read_bytes()
+    told = header_of(tmp_path / "ours.safetensors")
     assert told["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    data = content[8 + int.from_bytes(content[:8], "little") :]
+    assert told["sshs_model_hash"] == hashlib.sha256(data).hexdigest() == data_hash(tmp_path / "ours.safetensors")
+    back = load_file(tmp_path / "ours.safetensors")
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "ours.safetensors"]
+
+
+def test_a_file_that_is_not_finished_leaves_nothing(parts: dict, tmp_path: Path) -> None:
+    adapters = adapters_for(parts, "lora", rank=2)
+    with AdapterWriter(tmp_path / "a.safetensors", parts=parts, family="sd1", precision="fp16") as writer:
+        for site, adapter in adapters.items():
+            writer.add(site, adapter)
+    assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ import gradio as gr
 from reparam_diffusion.gallery import shelf, waste
 from reparam_diffusion.gallery.importing import import_files
 from ui import gallery_cards as draw
-from ui.door import guarded
+from ui.door import QUIET, guarded
 from ui.gallery_api import add_gallery_api
 from ui.gallery_look import AT_ONCE, CHOOSE, SOON, GalleryTab, Updates, Values, look
 
@@ -19,12 +19,21 @@ ORDERS = [("Newest first", "newest"), ("Oldest first", "oldest"), ("By name", "n
 VIEWS = [("Adapters", "shelf"), ("Bin", "bin")]
 IMPORTS = """<p class="quiet">Adapters from elsewhere: .safetensors files, with the .json and the pictures that belong
 to them, or PEFT folders as .zip. They stay as they are.</p>"""
-PRESS = """element.addEventListener("click", (event) => {
+PRESS = """const cards = () => [...element.querySelectorAll("[data-key]")];
+let focused = null;
+element.addEventListener("focusin", (event) => { focused = event.target.closest("[data-key]")?.dataset.key; });
+element.addEventListener("focusout", (event) => { if (event.relatedTarget) focused = null; });
+watch("value", () => {
+  const lost = document.activeElement === document.body || element.contains(document.activeElement);
+  if (focused && lost) cards().find((one) => one.dataset.key === focused)?.focus({ preventScroll: true });
+});
+element.addEventListener("click", (event) => {
   const card = event.target.closest("[data-key]");
   if (!card) return;
-  for (const one of element.querySelectorAll("[data-key]")) one.setAttribute("aria-pressed", one === card);
+  for (const one of cards()) one.setAttribute("aria-pressed", one === card);
   trigger("click", { key: card.dataset.key });
 });"""
+"""A press chooses a card; new cards coming in leave the focus on the card that had it."""
 SHOW_ON_PHONES = """() => {
   if (window.innerWidth < 700) document.getElementById("chosen").scrollIntoView({ block: "start" });
 }"""
@@ -59,7 +68,7 @@ def _draw_asking() -> dict[str, Any]:
     drawn: dict[str, Any] = {}
     with gr.Column(elem_classes="card finder"):
         with gr.Row(elem_classes="asking"):
-            drawn["search"] = gr.Textbox(label="Search", placeholder="name, trigger, tag …", max_lines=1, min_width=120)
+            drawn["search"] = gr.Textbox(label="Search", placeholder="name, tag …", max_lines=1, min_width=120)
             drawn["base"] = gr.Dropdown([("Any", "")], value="", label="Base model", min_width=120)
             drawn["method"] = gr.Dropdown([("Any", "")], value="", label="Method", min_width=120)
             drawn["order"] = gr.Dropdown(ORDERS, value="newest", label="Order", min_width=120)
@@ -114,10 +123,6 @@ def _draw_fields() -> dict[str, gr.components.Component]:
 
 
 # --- what happens when something is pressed --------------------------------------------------------------------------
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-"""Any: gradio's own arguments."""
-
-
 def _connect_list(workspace: Path, tab: GalleryTab) -> None:
     def see(values: Values) -> Updates:
         return look(workspace, tab, values)

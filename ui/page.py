@@ -32,15 +32,15 @@ def build_page(workspace: Path) -> gr.Blocks:
     with gr.Blocks(title="Reparam Diffusion", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(HEAD, padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
-            with gr.Tab("Train", id="train"):
+            with _tab("Train"):
                 train = build_train_tab(workspace)
-            with gr.Tab("Runs", id="runs"):
+            with _tab("Runs"):
                 view = build_run_view(workspace)
-            with gr.Tab("Generate", id="generate"):
+            with _tab("Generate"):
                 generate = build_generate_tab(workspace)
-            with gr.Tab("Gallery", id="gallery"):
+            with _tab("Gallery"):
                 gallery = build_gallery_tab(workspace)
-            with gr.Tab("Settings", id="settings"):
+            with _tab("Settings"):
                 build_settings_tab(workspace)
         add_runs_api(workspace, view.overview)
         _connect_start(workspace, tabs, train, view)
@@ -48,6 +48,22 @@ def build_page(workspace: Path) -> gr.Blocks:
         _connect_trying(workspace, tabs, view, gallery, generate)
     page.queue(default_concurrency_limit=8)
     return page
+
+
+TABS = ("train", "runs", "generate", "gallery", "settings")
+
+
+def _tab(title: str) -> gr.Tab:
+    """A tab that the address remembers, so that a reload comes back to it."""
+    tab = gr.Tab(title, id=title.lower())
+    remember = """() => {
+      if (!document.body.dataset.opened) return;  // the first tab is selected by itself while the page opens
+      const address = new URL(window.location);
+      address.searchParams.set("tab", "%s");
+      window.history.replaceState(null, "", address);
+    }"""
+    tab.select(None, None, None, js=remember % title.lower())
+    return tab
 
 
 def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunView) -> None:
@@ -94,10 +110,15 @@ def _connect_opening(workspace: Path, page: gr.Blocks, tabs: gr.Tabs, train: Tra
         name = view.overview.newest(wanted)
         updates: dict[Any, Any] = {**run_view.chosen(view, name, {})}
         is_live = name is not None and view.overview.state_of(view.overview.find(name)).is_live
-        if asked.get("drawing") and not wanted:
+        if asked.get("tab") in TABS:
+            updates[tabs] = gr.Tabs(selected=asked["tab"])
+        elif asked.get("drawing") and not wanted:
             updates[tabs] = gr.Tabs(selected="generate")
-        elif name is not None and (wanted == name or is_live):
+        elif name and (wanted == name or is_live):
             updates[tabs] = gr.Tabs(selected="runs")
         return {**updates, **train_tab.restored(workspace, train, kept)}
 
-    page.load(guarded(opened, workspace), train.kept, [tabs, *train.changing(), *view.changing()], **QUIET)
+    outputs = [tabs, *train.changing(), *view.changing()]
+    page.load(guarded(opened, workspace), train.kept, outputs, **QUIET).then(
+        None, None, None, js="() => { document.body.dataset.opened = true; }"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -53,6 +53,10 @@ class AdaloraPlan(Plan):
     beta2: float
     orthogonality: float
     note: str = ""
+
+    def finished(self) -> AdaloraPlan:
+        """On average; the layers share the ranks out among themselves."""
+        return replace(self, rank=min(self.rank, self.target_rank))
 
 
 class Adalora(Adapter):

@@ -35,6 +35,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:  # Any: the values of a subclass's fields, for JSON
         return asdict(self)
 
+    def finished(self) -> Plan:
+        """The plan of what the finished file holds, where that is less than what is trained."""
+        return self
+
 
 class Host:
     """One site's own operation, y = op(x, W) + b, with another weight put in.
@@ -142,6 +146,11 @@ class Adapter(nn.Module):
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
         """What is added to the host's bias; None where the format has none."""
         return None
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether ΔW depends on W, as that of rotations and of weight decomposition does."""
+        return self.magnitude is not None
 
     # --- the fast path -----------------------------------------------------------------------------------------------
     @property

@@ -59,6 +59,10 @@ class Ia3(Adapter):
         self.scales_bias = scales_bias and not on_input
         self.register_buffer("gain", gain.detach().float().reshape(broadcast))
 
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
     def update(self, weight: Tensor) -> Tensor:
         return weight * self.gain.to(weight)
 
@@ -93,6 +97,10 @@ class Glora(Adapter):
         for name, tensor in (("mix_up", mix_up), ("mix_down", mix_down), ("up", up), ("down", down)):
             self.register_buffer(name, tensor)
 
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
     def update(self, weight: Tensor) -> Tensor:
         mix = (self.mix_up @ self.mix_down).to(weight)  # (in, in)
         mixed = torch.einsum("oi...,ij->oj...", weight, mix)
@@ -115,6 +123,10 @@ class Butterfly(Adapter):
         skew = clipped(blocks - blocks.transpose(-1, -2), max(alpha_of(leaves, 0), 0.0) * self.shape[0])
         self.register_buffer("skew", skew)
         self.register_buffer("rescale", _rescale(leaves, self.shape[0]))
+
+    @property
+    def reads_weight(self) -> bool:
+        return True
 
     def update(self, weight: Tensor) -> Tensor:
         rows = weight.flatten(1).T  # (in·kernel, out): the outputs last
@@ -164,6 +176,10 @@ class Rotated(Adapter):
         self.register_buffer("order", order)  # (stages, length)
         self.register_buffer("gain", None if gain is None else gain.detach().float().flatten())
 
+    @property
+    def reads_weight(self) -> bool:
+        return True
+
     def update(self, weight: Tensor) -> Tensor:
         flat = weight.flatten(1)
         rows = flat if self.on_input else flat.T
@@ -189,14 +205,19 @@ class Stack(Adapter):
         super().__init__(shape, Plan())
         self.adapters = torch.nn.ModuleList(adapters)
 
-    def _inner(self) -> list[Adapter]:
+    @property
+    def reads_weight(self) -> bool:
+        return any(adapter.reads_weight for adapter in self.inner())
+
+    def inner(self) -> list[Adapter]:
+        """The forms that are summed."""
         return [adapter for adapter in self.adapters if isinstance(adapter, Adapter)]
 
     def update(self, weight: Tensor) -> Tensor:
-        return torch.stack([adapter.delta(weight) for adapter in self._inner()]).sum(0)
+        return torch.stack([adapter.delta(weight) for adapter in self.inner()]).sum(0)
 
     def delta_bias(self, bias: Tensor | None) -> Tensor | None:
-        changes = [change for adapter in self._inner() if (change := adapter.delta_bias(bias)) is not None]
+        changes = [change for adapter in self.inner() if (change := adapter.delta_bias(bias)) is not None]
         return torch.stack(changes).sum(0) if changes else None
 
 

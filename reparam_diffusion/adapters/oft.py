@@ -97,6 +97,10 @@ class Oft(Adapter):
         return torch.cat(changed).reshape(weight.shape)
 
     @property
+    def reads_weight(self) -> bool:
+        return True
+
+    @property
     def reads_output(self) -> bool:
         return self.plan.side == "output" or self.magnitude is not None
 

@@ -24,11 +24,15 @@ def look_over(
     *,
     trigger: str,
     resolution: int,
+    expected: str = "",
 ) -> list[str]:
-    """Plain sentences about the pictures, the weightiest first. `captions` are those that will be trained on."""
+    """Plain sentences about the pictures, the weightiest first. `captions` are those that will be trained on.
+
+    `expected` are words that all captions may well share: the class word and the base model's caption template.
+    """
     return [
         *_about_refusals(refused),
-        *_about_captions(pictures, captions, trigger),
+        *_about_captions(pictures, captions, trigger, expected),
         *_about_sizes(pictures, resolution),
         *_about_notes(pictures),
     ]
@@ -45,7 +49,7 @@ def _about_refusals(refused: Sequence[Refused]) -> list[str]:
     return said
 
 
-def _about_captions(pictures: Sequence[Picture], captions: Sequence[str], trigger: str) -> list[str]:
+def _about_captions(pictures: Sequence[Picture], captions: Sequence[str], trigger: str, expected: str) -> list[str]:
     said = []
     own = [picture for picture in pictures if picture.caption is not None]
     if own and len(own) < len(pictures):
@@ -67,7 +71,8 @@ def _about_captions(pictures: Sequence[Picture], captions: Sequence[str], trigge
             f"({_some(lacking)}), so it will not call what those pictures show. Add it to them."
         )
     if own:
-        shared = [word for word in common_words(captions) if word not in wanted]
+        known = {*wanted, *words_of(expected)}
+        shared = [word for word in common_words(captions) if word not in known]
         if shared:
             said.append(
                 f"All captions share these words: {', '.join(shared)}. "

@@ -5,15 +5,11 @@ Keys and values as A1111, SwarmUI and the managers read them; every value is tex
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-
-import safetensors.torch
-from torch import Tensor
 
 from reparam_diffusion.formats.names import Family
 
@@ -216,15 +212,24 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in spec.items() if value}
 
 
-def hashes(tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> dict[str, str]:
-    """kohya's two hashes, from the bytes of the file with its ss_ keys only.
+_PUBLIC = (
+    "ss_base_model_version", "ss_v2", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_output_name", "ss_network_module",
+    "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_resolution", "ss_clip_skip", "ss_trigger_words",
+    "trigger_words", "modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation",
+    "modelspec.title", "modelspec.resolution", "modelspec.description", "modelspec.license", "modelspec.usage_hint",
+    "modelspec.tags",
+    "modelspec.trigger_phrase", "modelspec.prediction_type", "modelspec.timestep_range", "modelspec.encoder_layer",
+    "modelspec.date", "modelspec.merged_from", "reparam_method",
+)  # fmt: skip
+"""What a stripped header keeps. Everything else may tell of pictures, captions, folders or people."""
 
-    `sshs_model_hash` covers the data alone, so it is the file's whatever the header (A1111, Civitai's AutoV3).
+
+def public(header: Mapping[str, str], *, trigger: str = "") -> dict[str, str]:
+    """A header without private fields: an allowed list, so that an unknown field is left out rather than let out.
+
+    `trigger` is kept where only a folder's name told it.
     """
-    training = {key: value for key, value in header.items() if key.startswith("ss_")}
-    content = safetensors.torch.save(dict(tensors), training)
-    start = 8 + int.from_bytes(content[:8], "little")
-    return {
-        "sshs_model_hash": hashlib.sha256(content[start:]).hexdigest(),
-        "sshs_legacy_hash": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
-    }
+    kept = {key: value for key, value in header.items() if key in _PUBLIC}
+    if trigger:
+        kept.setdefault("modelspec.trigger_phrase", trigger)
+    return kept

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.mapped import Mapped, open_mapped
 
 Config = dict[str, Any]  # Any: a JSON object of PEFT's
 
@@ -32,6 +32,7 @@ class Piece:
     config: Config | None = None
     part_configs: dict[str, Config] = field(default_factory=dict)
     """diffusers' `lora_adapter_metadata`: a configuration for each part."""
+    mapped: Mapped | None = None
 
 
 def open_pieces(path: Path) -> list[Piece]:
@@ -76,23 +77,13 @@ def _open_peft(folder: Path) -> Piece:
     named = mapping.get("base_model_class", "") if isinstance(mapping, dict) else ""
     part = FOLDERS.get(folder.name) or _CLASSES.get(named, "")
     piece = _open_file(weights)
-    return Piece(weights, piece.tensors, piece.metadata, part, config)
+    return Piece(weights, piece.tensors, piece.metadata, part, config, mapped=piece.mapped)
 
 
 def _open_file(file: Path) -> Piece:
-    try:
-        with safe_open(str(file), framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise UserError(
-            f"{file.name} cannot be read.",
-            f"It is not a whole .safetensors file ({error}).",
-            "Download or copy it again.",
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file.name} cannot be read.", str(error.strerror or error), "Check the file.") from None
-    return Piece(file, tensors, metadata, part_configs=_diffusers_configs(metadata, file))
+    mapped = open_mapped(file)
+    configs = _diffusers_configs(mapped.metadata, file)
+    return Piece(file, mapped.tensors, mapped.metadata, part_configs=configs, mapped=mapped)
 
 
 def _diffusers_configs(metadata: dict[str, str], file: Path) -> dict[str, Config]:

@@ -189,3 +189,9 @@ def layout_of(parts: Parts) -> Layout:
     """The layout of the model's UNet; the standard one where there is none."""
     unet = parts.get("unet")
     return STANDARD if unet is None else Layout.of(path for path, _ in unet.named_modules())
+
+
+def module_at(parts: Parts, site: str) -> nn.Module:
+    """The module of a live site."""
+    part, _, path = site.partition(".")
+    return parts[part].get_submodule(path)

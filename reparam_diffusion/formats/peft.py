@@ -25,9 +25,9 @@ from reparam_diffusion.adapters.oft import Oft
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.formats.load import FOLDERS
-from reparam_diffusion.formats.names import Parts
+from reparam_diffusion.formats.names import Parts, module_at
 from reparam_diffusion.formats.peft_shapes import common_block_size, common_factor
-from reparam_diffusion.formats.write import Precision, cast_leaf, module_at, share_alpha
+from reparam_diffusion.formats.write import Precision, cast_leaf, share_alpha
 
 Leaves = dict[str, Tensor]
 Config = dict[str, Any]  # Any: what becomes a JSON object

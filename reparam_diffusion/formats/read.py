@@ -17,7 +17,8 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
 from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
-from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, spellings
+from reparam_diffusion.formats.mapped import Mapped
+from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, module_at, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
 
 Unmatched = list[tuple[str, str]]
@@ -51,6 +52,10 @@ class Site:
         """The names of the forms at this site, the main one first."""
         return [form.name for form, _ in forms_of(self.leaves)]
 
+    def adapter(self, module: nn.Module) -> Adapter:
+        """The adapter for a live module. Raises ValueError, with a plain sentence, where it does not fit."""
+        return _build(self.leaves, _shape(module))
+
     def rank(self) -> int | None:
         """The rank of its factors; None for forms without one."""
         if "lora_E" in self.leaves:
@@ -69,11 +74,22 @@ class AdapterFile:
     metadata: dict[str, str]
     unmatched: Unmatched
     _sites: dict[str, Site]
+    _maps: tuple[Mapped, ...] = ()
+
+    def let_go(self) -> None:
+        """Free the memory that reading layers has taken so far; what is needed again is read again."""
+        for mapped in self._maps:
+            mapped.let_go()
 
     @property
     def sites(self) -> list[str]:
         """Canonical flat names of the layers, such as "unet.mid_block_attentions_0_proj_in"."""
         return list(self._sites)
+
+    @property
+    def layers(self) -> dict[str, Site]:
+        """The layers' tensors by canonical flat name."""
+        return self._sites
 
     @property
     def method(self) -> str:
@@ -108,8 +124,19 @@ class AdapterFile:
 
     def match(self, parts: Parts) -> tuple[dict[str, Adapter], Unmatched]:
         """Adapters by live site, and what was left out with why. Nothing is left out in silence."""
-        table = spellings(parts)
+        located, left = self.locate(parts)
         found: dict[str, Adapter] = {}
+        for live, site in located.items():
+            try:
+                found[live] = site.adapter(module_at(parts, live))
+            except ValueError as error:
+                left.append((site.key, str(error)))
+        return found, left
+
+    def locate(self, parts: Parts) -> tuple[dict[str, Site], Unmatched]:
+        """The file's layers by live site, not yet built into adapters, and what was left out with why."""
+        table = spellings(parts)
+        found: dict[str, Site] = {}
         left: Unmatched = list(self.unmatched)
         for site in self._sites.values():
             live = table.get(f"{site.part}.{site.flat}")
@@ -118,12 +145,7 @@ class AdapterFile:
             elif live in found:
                 left.append((site.key, TWICE))
             else:
-                part, _, path = live.partition(".")
-                module = parts[part].get_submodule(path)
-                try:
-                    found[live] = _build(site.leaves, _shape(module))
-                except ValueError as error:
-                    left.append((site.key, str(error)))
+                found[live] = site
         return found, left
 
 
@@ -147,7 +169,8 @@ def read_adapter(path: Path | str) -> AdapterFile:
         told = [f"{key}: {why}." for key, why in unmatched if why != NO_NAME]
         why, do = (told[0], "Check the file.") if told else what_instead(pieces[0].tensors)
         raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
-    return AdapterFile(path, metadata, unmatched, sites)
+    maps = tuple(piece.mapped for piece in pieces if piece.mapped is not None)
+    return AdapterFile(path, metadata, unmatched, sites, maps)
 
 
 def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:

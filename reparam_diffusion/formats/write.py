@@ -7,18 +7,20 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.adapters.foreign import Full, Stack
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
-from reparam_diffusion.formats.header import family_keys, hashes
-from reparam_diffusion.formats.names import Family, Parts, kohya_key, layout_of
+from reparam_diffusion.formats.changes import change_of
+from reparam_diffusion.formats.container import TensorFile
+from reparam_diffusion.formats.header import family_keys
+from reparam_diffusion.formats.names import Family, Parts, kohya_key, layout_of, module_at
 from reparam_diffusion.formats.read import PADDING
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -38,33 +40,91 @@ def write_adapter(
     metadata: Mapping[str, str] | None = None,
     as_diff: bool = False,
 ) -> Path:
-    """Write adapters by live site into one .safetensors file, whole or not at all.
+    """Write adapters by live site into one .safetensors file, whole or not at all; LoRA layers get the commonest alpha.
+
+    Raises UserError for values that the precision cannot hold, and when the disk is full.
+    """
+    alphas = Counter(
+        float(leaves["alpha"])
+        for adapter in adapters.values()
+        if is_own(adapter) and "lora_up.weight" in (leaves := adapter.tensors())
+    )
+    alpha = alphas.most_common(1)[0][0] if alphas else None
+    with AdapterWriter(
+        Path(path), parts=parts, family=family, precision=precision, as_diff=as_diff, alpha=alpha
+    ) as writer:
+        for site, adapter in adapters.items():
+            writer.add(site, adapter)
+        return writer.finish(metadata or {})
+
+
+class AdapterWriter:
+    """A file of adapters written layer by layer: only the layer at hand is in memory.
 
     Forms that we only read are written as the whole difference they make, exact. OFT on the input side keeps its own
     tensors, which this library reads; `as_diff` writes it, too, as whole differences, large but read by every program.
-    Raises UserError for values that the precision cannot hold, and when the disk is full.
+    All LoRA layers share one alpha, since diffusers loses those of single attention layers: `alpha`, or the first one.
     """
-    layout = layout_of(parts)
-    rows: dict[str, Leaves] = {}
-    for site, adapter in adapters.items():
-        leaves = leaves_of(adapter, module_at(parts, site), as_diff=as_diff)
-        if leaves:  # an AdaLoRA site may have lost all its ranks
-            rows[site] = leaves
-    if not rows:
-        raise UserError("There is nothing to write.", "No layer has anything left to change.", "Train for longer.")
-    share_alpha(rows)
-    padding = _padding(rows, parts)
-    keys = {site: kohya_key(site, family=family, layout=layout) for site in [*rows, *padding]}
-    tensors = {
-        f"{keys[site]}.{leaf}": cast_leaf(tensor, leaf, site, precision)
-        for site, leaves in (rows | padding).items()
-        for leaf, tensor in sorted(leaves.items())
-    }
-    header = {"format": "pt", **family_keys(family), "ss_network_module": _network_module(rows), **(metadata or {})}
-    if padding:
-        header[PADDING] = json.dumps([keys[site] for site in padding])
-    header |= hashes(tensors, header)
-    return write_whole(Path(path), safetensors.torch.save(tensors, header))
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        parts: Parts,
+        family: Family,
+        precision: Precision,
+        as_diff: bool = False,
+        alpha: float | None = None,
+    ) -> None:
+        self.parts, self.family, self.precision, self.as_diff = parts, family, precision, as_diff
+        self._alpha = alpha or None
+        self._layout = layout_of(parts)
+        self._file = TensorFile(path)
+        self._sites: dict[str, bool] = {}  # whether it is a LoRA
+
+    def __enter__(self) -> AdapterWriter:
+        self._file.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.__exit__(kind, error, trace)
+
+    def add(self, site: str, adapter: Adapter) -> Leaves:
+        """Write one layer; returns its leaves as the file has them, none where nothing is left to change."""
+        leaves = leaves_of(adapter, module_at(self.parts, site), as_diff=self.as_diff)
+        if not leaves:  # an AdaLoRA site may have lost all its ranks
+            return {}
+        is_lora = "lora_up.weight" in leaves
+        if is_lora:
+            self._alpha = self._alpha or float(leaves["alpha"]) or 1.0
+            _give_alpha(leaves, self._alpha)
+        self._sites[site] = is_lora
+        return self._put(site, leaves)
+
+    def finish(self, metadata: Mapping[str, str]) -> Path:
+        """Put the file in its place. Raises UserError when no layer was written."""
+        if not self._sites:
+            raise UserError("There is nothing to write.", "No layer has anything left to change.", "Train for longer.")
+        plain = all(self._sites.values())
+        module = "networks.lora" if plain else "lycoris.kohya"
+        header = {"format": "pt", **family_keys(self.family), "ss_network_module": module, **metadata}
+        padding = _padding(self._sites, self.parts, self._alpha or 1.0)
+        for site, leaves in padding.items():
+            self._put(site, leaves)
+        if padding:
+            header[PADDING] = json.dumps([self._key(site) for site in padding])
+        return self._file.finish(header)
+
+    def _put(self, site: str, leaves: Leaves) -> Leaves:
+        cast = {leaf: cast_leaf(tensor, leaf, site, self.precision) for leaf, tensor in sorted(leaves.items())}
+        for leaf, tensor in cast.items():
+            self._file.add(f"{self._key(site)}.{leaf}", tensor)
+        return cast
+
+    def _key(self, site: str) -> str:
+        return kohya_key(site, family=self.family, layout=self._layout)
 
 
 def is_own(adapter: Adapter) -> bool:
@@ -78,24 +138,23 @@ def leaves_of(adapter: Adapter, module: nn.Module, *, as_diff: bool) -> Leaves:
         leaves = adapter.tensors()
         if not (as_diff and any(leaf in leaves for leaf in _OURS_ONLY)):
             return leaves
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, Tensor)
-    assert bias is None or isinstance(bias, Tensor)
-    with torch.no_grad():
-        change = adapter.delta(weight.detach().to(_device_of(adapter))).cpu()
-        added = adapter.delta_bias(None if bias is None else bias.detach().to(_device_of(adapter)))
-    is_norm = isinstance(module, nn.LayerNorm | nn.GroupNorm)
-    leaves = {"w_norm" if is_norm else "diff": change}
-    if is_norm:  # A1111 needs both
-        leaves["b_norm"] = torch.zeros_like(change) if added is None else added.detach().cpu()
-    elif added is not None:
-        leaves["diff_b"] = added.detach().cpu()
-    return leaves
+    if isinstance(adapter, Stack) and all(is_own(inner) or _is_bias(inner) for inner in adapter.inner()):
+        return {
+            leaf: tensor
+            for inner in adapter.inner()
+            for leaf, tensor in leaves_of(inner, module, as_diff=as_diff).items()
+        }
+    change = change_of(adapter, module)
+    added = change.bias
+    if isinstance(module, nn.LayerNorm | nn.GroupNorm):  # A1111 needs both
+        diff = change.matrix().reshape(adapter.shape)
+        return {"w_norm": diff, "b_norm": torch.zeros_like(diff) if added is None else added}
+    leaves = {} if _is_bias(adapter) else {"diff": change.matrix().reshape(adapter.shape)}
+    return leaves if added is None else leaves | {"diff_b": added}
 
 
-def _device_of(adapter: Adapter) -> torch.device:
-    tensors = [*adapter.parameters(), *adapter.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
+def _is_bias(adapter: Adapter) -> bool:
+    return isinstance(adapter, Full) and adapter.diff is None
 
 
 def share_alpha(rows: Mapping[str, Leaves]) -> float:
@@ -108,40 +167,40 @@ def share_alpha(rows: Mapping[str, Leaves]) -> float:
         return 1.0
     alpha = Counter(float(leaves["alpha"]) for leaves in plain).most_common(1)[0][0] or 1.0
     for leaves in plain:
-        own = float(leaves["alpha"])
-        if own != alpha:
-            leaves["lora_up.weight"] = leaves["lora_up.weight"] * (own / alpha)
-            leaves["alpha"] = torch.tensor(alpha)
+        _give_alpha(leaves, alpha)
     return alpha
 
 
-def _padding(rows: Mapping[str, Leaves], parts: Parts) -> dict[str, Leaves]:
+def _give_alpha(leaves: Leaves, alpha: float) -> None:
+    own = float(leaves["alpha"])
+    if own != alpha:
+        leaves["lora_up.weight"] = leaves["lora_up.weight"] * (own / alpha)
+        leaves["alpha"] = torch.tensor(alpha)
+
+
+def _padding(sites: Mapping[str, bool], parts: Parts, alpha: float) -> dict[str, Leaves]:
     """Zero LoRAs for the rest of q, k, v, out where a text encoder layer has some of them.
 
     diffusers drops q, k, v where no layer has out_proj; A1111 drops an OpenCLIP layer that has not all four. Our reader
     leaves them out again.
     """
     padding: dict[str, Leaves] = {}
-    for site, leaves in rows.items():
+    for site, is_lora in sites.items():
         found = re.fullmatch(r"(te[12]\..+\.)(q|k|v|out)_proj", site)
-        if found is None or "lora_up.weight" not in leaves:
+        if found is None or not is_lora:
             continue
         for name in _PROJECTIONS:
             other = f"{found[1]}{name}"
-            if other in rows or other in padding:
+            if other in sites or other in padding:
                 continue
             weight = module_at(parts, other).weight
             assert isinstance(weight, Tensor)
             padding[other] = {
-                "alpha": leaves["alpha"],
+                "alpha": torch.tensor(alpha),
                 "lora_down.weight": torch.zeros(1, weight.shape[1]),
                 "lora_up.weight": torch.zeros(weight.shape[0], 1),
             }
     return padding
-
-
-def _network_module(rows: Mapping[str, Leaves]) -> str:
-    return "networks.lora" if all("lora_up.weight" in leaves for leaves in rows.values()) else "lycoris.kohya"
 
 
 def cast_leaf(tensor: Tensor, leaf: str, site: str, precision: Precision) -> Tensor:
@@ -161,9 +220,3 @@ def cast_leaf(tensor: Tensor, leaf: str, site: str, precision: Precision) -> Ten
             "Write the file as bf16 or fp32.",
         )
     return small.contiguous()
-
-
-def module_at(parts: Parts, site: str) -> nn.Module:
-    """The module of a live site."""
-    part, _, path = site.partition(".")
-    return parts[part].get_submodule(path)

@@ -230,10 +230,18 @@ def _environment() -> dict[str, str]:
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(path for path in (root, environment.get("PYTHONPATH", "")) if path)
+    environment["OMP_NUM_THREADS"] = str(threads())
+    return environment
+
+
+def threads() -> int:
+    """Processor threads of a process that is started here: OMP_NUM_THREADS where it is set, else the physical cores."""
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if chosen.isdigit():
+        return max(1, int(chosen))
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     allowed = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else cores
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, min(cores, allowed))))
-    return environment
+    return max(1, min(cores, allowed))
 
 
 def main(arguments: list[str] | None = None, *, train: Train | None = None) -> int:

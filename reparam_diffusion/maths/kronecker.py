@@ -73,3 +73,23 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 def largest_divisor(dimension: int, bound: int) -> int:
     """The largest divisor of `dimension` that is at most `bound`."""
     return next(d for d in range(min(dimension, max(bound, 1)), 0, -1) if dimension % d == 0)
+
+
+def nearest_kronecker(matrix: Tensor, shape: tuple[int, ...], l: int, m: int) -> tuple[Tensor, Tensor]:
+    """C (l, m) and M (k, n, *kernel) with C ⊗ M nearest to a weight's matrix.  Van Loan and Pitsianis 1993.
+
+    The entries are put in an order (l·m, k·n·kernel) in which C ⊗ M has rank 1; its first singular pair is the answer.
+    """
+    out, entry, kernel = shape[0], shape[1], shape[2:]
+    k, n = out // l, entry // m
+    blocks = matrix.reshape(l, k, m, n, -1).permute(0, 2, 1, 3, 4).reshape(l * m, -1)  # (l·m, k·n·kernel)
+    wide = blocks.double()
+    gram = wide @ wide.T if l * m <= wide.shape[1] else wide.T @ wide
+    first = torch.linalg.eigh(gram).eigenvectors[:, -1]
+    if l * m <= wide.shape[1]:
+        small, large = first, first @ wide
+    else:
+        small, large = wide @ first, first
+    size = (small.norm() * large.norm()).sqrt()
+    small, large = (side * (size / side.norm().clamp_min(1e-300)) for side in (small, large))
+    return small.float().reshape(l, m), large.float().reshape(k, n, *kernel)

@@ -21,6 +21,21 @@ def cayley_turn(skew: Tensor) -> Tensor:
     return turn
 
 
+def inverse_cayley(rotation: Tensor) -> Tensor:
+    """Q with cayley(Q) = rotation: (R − I)(R + I)⁻¹, made exactly skew. It grows without bound towards a half turn."""
+    eye = torch.eye(rotation.shape[-1], dtype=rotation.dtype, device=rotation.device)
+    skew = torch.linalg.solve(rotation + eye, rotation - eye, left=False)
+    return (skew - skew.mT) / 2
+
+
+def nearest_rotation(before: Tensor, after: Tensor) -> Tensor:
+    """R (…, b, b) in SO(b) with R · before nearest to after, both (…, b, n): Procrustes, Kabsch 1976."""
+    left, _, right = torch.linalg.svd(after @ before.mT)
+    flip = torch.ones(left.shape[:-1], dtype=left.dtype, device=left.device)
+    flip[..., -1] = torch.linalg.det(left @ right).sign()
+    return left * flip[..., None, :] @ right
+
+
 class _CayleyTurn(torch.autograd.Function):
     """T = 2 Q A with A = (I − Q)⁻¹ = I + T/2, so dT = 2 A dQ A needs no second inverse."""
 

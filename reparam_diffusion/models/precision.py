@@ -57,8 +57,8 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
 def faster_on_cpu(unet: Any) -> torch.dtype:
     """bf16 where forward and backward through one of this UNet's blocks are clearly faster in it, else fp32.
 
-    Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. Any:
-    diffusers' classes are not imported here.
+    Measured once for each processor, torch, number of threads and UNet, and kept in the user's cache folder. An outline
+    will do. Any: diffusers' classes are not imported here.
     """
     key = f"{_here()}, widths {unet.config.block_out_channels}"
     known = _kept()
@@ -66,7 +66,7 @@ def faster_on_cpu(unet: Any) -> torch.dtype:
         return DTYPES[known[key]]
     known[key] = "bf16" if _seconds(unet, torch.bfloat16) < 0.9 * _seconds(unet, torch.float32) else "fp32"
     try:
-        with beside(_cache_file()) as hidden:
+        with beside(cache_file("precision.json")) as hidden:
             hidden.write_text(json.dumps(known, indent=1), encoding="utf-8")
     except OSError:
         pass  # a read-only home costs a measurement each time, nothing else
@@ -78,17 +78,18 @@ def measured_formats() -> dict[str, str]:
     return {key: name for key, name in _kept().items() if key.startswith(_here())}
 
 
+def cache_file(name: str) -> Path:
+    """A file in the user's cache folder, where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / name
+
+
 def _here() -> str:
     return f"{processor_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def _cache_file() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / "precision.json"
-
-
 def _kept() -> dict[str, str]:
     try:
-        known: dict[str, str] = json.loads(_cache_file().read_text(encoding="utf-8"))
+        known: dict[str, str] = json.loads(cache_file("precision.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return known
@@ -99,7 +100,10 @@ def _seconds(unet: Any, dtype: torch.dtype) -> float:
     blocks = list(unet.down_blocks)
     attentive = [block for block in blocks if getattr(block, "has_cross_attention", False)]
     number = blocks.index(attentive[0]) if attentive else 0
-    block = copy.deepcopy(blocks[number]).to(dtype)
+    block = copy.deepcopy(blocks[number]).to_empty(device="cpu")  # an outline has no numbers; any will do
+    for parameter in block.parameters():
+        parameter.data.normal_(std=0.02)
+    block.to(dtype)
     widths = unet.config.block_out_channels
     side = min(max(int(unet.config.sample_size) // 2**number, 8), 32)
     x = torch.randn(2, widths[max(number - 1, 0)], side, side, dtype=dtype, requires_grad=True)

@@ -29,8 +29,8 @@ from reparam_diffusion.events import (
     Validated,
     Warned,
 )
-from reparam_diffusion.models.load import Model, load_model
-from reparam_diffusion.models.precision import faster_on_cpu, name_of, pick_device, pick_precision
+from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.targets import SitePlan, count_parameters, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
 from reparam_diffusion.training.facts import ADAPTER, write_finished
@@ -39,7 +39,8 @@ from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
-from reparam_diffusion.training.processes import Processes, join_processes
+from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.ready import load_base, make_ready
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
 
@@ -65,7 +66,8 @@ def train(
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
     saved = _last_state(folder, config, resume=resume)
-    model, processes = _load(config, saved)
+    wanted = config.model.precision if saved is None else saved["precision"]  # a resumed run keeps its format
+    model, processes = load_base(config, precision=wanted)
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
     sites = plan_run(model, config)
@@ -80,14 +82,14 @@ def train(
     if saved is not None:
         learner.load_state(saved)
         yield from _differences(saved, model)
-    _ready(model, config)
+    make_ready(model, config)
     yield Started(
         method=config.adapter.method,
         steps=training.steps,
         first_step=first,
         sites=len(sites),
         parameters=count_parameters(sites),
-        file_bytes=file_bytes(sites),
+        file_bytes=file_bytes(sites, config.output.file_precision),
         device=str(model.device),
         precision=name_of(model.dtype),
         pictures=len(material.dataset.train),
@@ -112,7 +114,7 @@ def train(
                 yield Stopped(step - 1, path)
                 return
             clock = time.perf_counter()
-            loss = _forward_and_backward(setup, learner, step)
+            loss = forward_and_backward(setup, learner, step)
             if step == first:
                 learner.check_gradients()
             rates = learning_rates(learner.optimizer)
@@ -124,7 +126,7 @@ def train(
     yield Finished(training.steps, path, time.time() - begun)
 
 
-def _forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
+def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     """Gradients of one optimizer step over its forward passes; returns the mean loss."""
     passes = setup.config.training.accumulation
     total = 0.0
@@ -273,31 +275,6 @@ def _notes(sites: list[SitePlan]) -> Iterator[Event]:
     notes = Counter(note for site in sites if (note := getattr(site.plan, "note", "")))
     for note, count in notes.items():
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
-
-
-def _load(config: TrainConfig, saved: State | None) -> tuple[Model, Processes]:
-    """The base model in the run's number format; a resumed run keeps the one it was started with."""
-    processes = join_processes(pick_device(config.model.device))
-    assert processes.device is not None
-    wanted = config.model.precision if saved is None else saved["precision"]
-    dtype = pick_precision(wanted, processes.device)
-    model = load_model(config.model.path, device=processes.device, dtype=dtype)
-    if wanted == "auto" and processes.device.type == "cpu":
-        model.cast(faster_on_cpu(model.unet))
-    return model, processes
-
-
-def _ready(model: Model, config: TrainConfig) -> None:
-    """Switch on what the settings ask of the model, after the adapters are attached."""
-    if config.training.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
-        if trains_text(config):
-            for encoder in model.text_encoders:
-                encoder.train()  # transformers recomputes only in training mode; CLIP has no dropout
-                enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
-    if config.training.compile:
-        model.unet.compile_repeated_blocks()
 
 
 def _differences(saved: State, model: Model) -> Iterator[Event]:

@@ -16,7 +16,8 @@ from reparam_diffusion.training.setup import Setup
 
 TIMES = (0.1, 0.35, 0.6, 0.85)
 """Shares of the schedule at which the fixed-noise loss is taken."""
-_MOST = 8
+MOST_LOOKED_AT = 8
+"""Pictures that the fixed-noise loss is taken over."""
 
 
 @torch.no_grad()
@@ -25,9 +26,9 @@ def fixed_noise_loss(setup: Setup) -> float:
     material = setup.material
     items = material.dataset.held_out or material.dataset.train
     total = 0.0
-    for number, item in enumerate(items[:_MOST]):
+    for number, item in enumerate(items[:MOST_LOOKED_AT]):
         total += _item_loss(setup, item, number)
-    return total / min(len(items), _MOST)
+    return total / min(len(items), MOST_LOOKED_AT)
 
 
 def _item_loss(setup: Setup, item: Item, number: int) -> float:

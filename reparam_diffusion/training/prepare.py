@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
     pictures, refused = find_pictures(data.images, least_side=max(32, model.size // 4))
     captions = captions_of(model, config, pictures)
     resolution = data.resolution or model.size
-    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution):
+    expected = f"{data.class_word} {model.habits.caption} {model.habits.class_prompt}"
+    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution, expected=expected):
         yield Warned(note)
     for caption in dict.fromkeys(captions):
         if is_too_long(model, caption):
@@ -143,18 +145,43 @@ def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
         )
 
 
+def about_class(model: Model, config: TrainConfig) -> dict[str, Any]:
+    """What a set of class pictures shows and how it is drawn, in JSON's types. Any: text, numbers, a list."""
+    prior, habits = config.prior, model.habits
+    template = prior.prompt or habits.class_prompt
+    backgrounds = habits.backgrounds if "{background}" in template else [""]
+    word = config.data.class_word or "thing"
+    return {
+        "prompts": [fill(template, trigger="", class_word=word, background=name) for name in backgrounds or [""]],
+        "steps": prior.steps or habits.steps,
+        "size": model.size,
+    }
+
+
+def class_pictures_left(model: Model, config: TrainConfig, workspace: Path) -> int:
+    """How many class pictures a run would have to draw; `model` may be an outline."""
+    if not config.prior.weight:
+        return 0
+    about = about_class(model, config) | {"model": config.model.path}
+    places = [file.parent for file in (workspace / ".cache" / "class").glob("*/about.json") if _json(file) == about]
+    wanted = [f"{number:04d}.png" for number in range(config.prior.images)]
+    return min((sum(not (place / name).is_file() for name in wanted) for place in places), default=len(wanted))
+
+
+def _json(file: Path) -> object:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generator[Event, None, tuple[Item, ...]]:
     """Pictures of the class from the untouched base model, drawn once for these settings."""
-    prior = config.prior
-    template = prior.prompt or model.habits.class_prompt
-    backgrounds = model.habits.backgrounds if "{background}" in template else [""]
-    prompts = [
-        fill(template, trigger="", class_word=config.data.class_word or "thing", background=background)
-        for background in backgrounds or [""]
-    ]
-    steps = prior.steps or model.habits.steps
+    prior, about = config.prior, about_class(model, config)
+    prompts, steps = about["prompts"], about["steps"]
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    write_whole(place / "about.json", json.dumps(about | {"model": config.model.path}, indent=1))
     at_once = 8
     for start in range(0, prior.images, at_once):
         numbers = [

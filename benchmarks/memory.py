@@ -1,0 +1,121 @@
+"""The memory estimate against real runs: the starter model with every method, and Stable Diffusion 1.5's shapes.
+
+    python -m benchmarks.memory [--geometry sd15] [--methods lora oft] [--markdown]
+
+Measured: a child process imports what training imports, notes its resident memory, and trains for a few steps with
+previews; the growth of its peak (VmHWM) over that note is compared with `count_memory`. Linux and CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import torch
+
+from reparam_diffusion.adapters import METHODS
+from reparam_diffusion.config import TrainConfig, find_preset, parse_set, read_settings, settle, to_toml
+from reparam_diffusion.models.outline import outline
+from reparam_diffusion.training.estimate_memory import count_memory
+from reparam_diffusion.training.ready import dtype_of
+
+ROOT = Path(__file__).resolve().parent.parent
+TEDDY = ROOT / "assets" / "examples" / "teddy"
+
+
+def settings_of(model: Path | str, method: str, extra: list[str]) -> TrainConfig:
+    """A short run with the page's settings for the starter model."""
+    short = [f"model.path='{model}'", f"data.images='{TEDDY}'", "data.trigger=sks", "data.class_word=toy"]
+    return settle(find_preset(f"{method}-subject"), parse_set([*short, "training.steps=6", *extra]))
+
+
+def save_sd15(folder: Path) -> Path:
+    """A model with Stable Diffusion 1.5's shapes and random weights, in bf16 to spare the disk."""
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
+        max_position_embeddings=77, projection_dim=768, bos_token_id=2046, eos_token_id=2047, pad_token_id=2047,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(cross_attention_dim=768),
+        vae=AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, sample_size=512,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=AutoTokenizer.from_pretrained(ROOT / "assets" / "starter-model" / "tokenizer"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.tokenizer.model_max_length = 77
+    pipe.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "habits.json").write_text('{"steps": 2}', encoding="utf-8")
+    return folder
+
+
+def measured(config: TrainConfig) -> int:
+    """The growth of a child's peak over its imports, in bytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "settings.toml").write_text(to_toml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "benchmarks.memory", "--train", folder]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return int(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def train_in(folder: Path) -> None:
+    """Train the settings in a folder and print how far the peak rose above the imports."""
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from reparam_diffusion.training.loop import train
+
+    assert all((AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer))
+    config = settle(read_settings(folder / "settings.toml"))
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    for _ in train(config, folder=folder / "run"):
+        pass
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    print(peak - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("benchmarks.memory", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--geometry", choices=("starter", "sd15"), default="starter")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--set", nargs="*", default=[], help="further settings, such as training.batch=1")
+    parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.train:
+        train_in(arguments.train)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        model: Path | str = "starter" if arguments.geometry == "starter" else save_sd15(Path(folder))
+        print("| method | gradient checkpointing | estimated | measured | ratio |\n|---|---|---|---|---|")
+        for method in arguments.methods:
+            for checkpointing in ("false", "true"):
+                extra = [f"training.gradient_checkpointing={checkpointing}", *arguments.set]
+                config = settings_of(model, method, extra)
+                base = outline(config.model.path)
+                base.cast(dtype_of(config.model.path, config.model.precision, torch.device("cpu")))
+                guess, truth = count_memory(base, config, "cpu").peak, measured(config)
+                word = "on" if checkpointing == "true" else "off"
+                print(
+                    f"| {METHODS[method].title} | {word} | {guess / 1e6:.0f} MB | {truth / 1e6:.0f} MB "
+                    f"| {guess / truth:.2f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

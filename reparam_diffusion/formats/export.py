@@ -1,0 +1,186 @@
+"""Exporting an adapter for other programs, with the proof that they read it: the file, then what they see in it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.adapters.foreign import Full
+from reparam_diffusion.adapters.oft import Oft
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import write_whole
+from reparam_diffusion.formats.changes import change_of
+from reparam_diffusion.formats.header import public
+from reparam_diffusion.formats.names import Family, Parts, module_at
+from reparam_diffusion.formats.peft import write_diffusers, write_peft
+from reparam_diffusion.formats.proof import Reading, diffusers_reading, lycoris_reading, peft_reading
+from reparam_diffusion.formats.read import PADDING, AdapterFile, Site, read_adapter
+from reparam_diffusion.formats.write import AdapterWriter, Precision
+from reparam_diffusion.maths.change import distance
+from reparam_diffusion.maths.lowrank import relative
+
+Target = Literal["lycoris", "a1111", "diffusers", "peft"]
+TARGETS: dict[str, str] = {
+    "lycoris": "LyCORIS and kohya: every method in its own form.",
+    "a1111": "A1111 and ComfyUI: what either of them reads otherwise becomes whole differences.",
+    "diffusers": "diffusers' load_lora_weights: LoRA and AdaLoRA.",
+    "peft": "A PEFT folder for each model part: LoRA, LoHa, LoKr, AdaLoRA, and OFT on the inputs.",
+}
+_OURS = (PADDING, "sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format")
+"""Header keys that the writer makes anew."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An export: where it is, what was rewritten, how far its numbers are rounded, and who reads it how."""
+
+    path: Path
+    target: Target
+    precision: Precision
+    layers: int
+    rounding: float
+    """The largest relative difference of a layer's change from the original's."""
+    rewritten: Mapping[str, int]
+    """Layers that are whole differences now, by what they were."""
+    readings: tuple[Reading, ...]
+    notes: tuple[str, ...]
+    """What is not the same elsewhere, such as other strengths."""
+
+    def sentences(self) -> list[str]:
+        """For a person."""
+        rows = [f"{self.layers} layers in {self.precision}, largest rounding of a layer's change {self.rounding:.1e}"]
+        rows += [f"{count} {name} layers became whole differences" for name, count in self.rewritten.items()]
+        return rows + [reading.sentence() for reading in self.readings] + list(self.notes)
+
+    def to_dict(self) -> dict[str, Any]:  # Any: plain values for JSON
+        """For JSON, with every program's answer."""
+        return asdict(self) | {
+            "path": self.path.name,
+            "rewritten": dict(self.rewritten),
+            "readings": [asdict(reading) | {"agrees": reading.agrees} for reading in self.readings],
+        }
+
+
+def export_adapter(
+    source: Path | str,
+    out: Path,
+    *,
+    parts: Parts,
+    family: Family,
+    target: Target = "lycoris",
+    precision: Precision = "fp16",
+    strip: bool = False,
+) -> Iterator[tuple[int, int, str] | Exported]:
+    """Write an adapter for other programs; yields (done, of, what), then the Exported, kept beside it as .proof.json.
+
+    `parts` may be without weights where no change depends on them; diffusers is asked only on a real model.
+    """
+    file = read_adapter(source)
+    located, left = file.locate(parts)
+    if not located:
+        why = f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else ""
+        raise UserError(f"{file.file.name} does not fit this base model.", why, "Name the base it was made for.")
+    rewritten: Counter[str] = Counter()
+    adapters = _Adapted(located, parts, target, rewritten)
+    if target == "diffusers":
+        write_diffusers(out, dict(adapters), parts=parts, precision=precision)
+    elif target == "peft":
+        write_peft(out, dict(adapters), parts=parts, precision=precision)
+    else:
+        header = _header(file, strip=strip)
+        with AdapterWriter(out, parts=parts, family=family, precision=precision) as writer:
+            for number, (site, adapter) in enumerate(adapters, 1):
+                writer.add(site, adapter)
+                yield number, 2 * len(located), f"writing {site}"
+            writer.finish(header)
+    rounding = 0.0
+    for number, error in enumerate(_errors(located, out, parts), 1):
+        rounding = max(rounding, error)
+        yield len(located) + number, 2 * len(located), "reading it back"
+    readings = _readings(out, parts, family, target)
+    kinds = {site.kinds()[0] for site in located.values()}
+    notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(kinds, rewritten)
+    done = Exported(out, target, precision, len(located), rounding, dict(rewritten), readings, tuple(notes))
+    write_whole(proof_beside(out), json.dumps(done.to_dict(), indent=1))
+    yield done
+
+
+def proof_beside(out: Path) -> Path:
+    """Where an export's proof is kept."""
+    return out / "proof.json" if out.is_dir() else out.with_suffix(".proof.json")
+
+
+class _Adapted:
+    """A file's adapters in the form that a target reads, one at a time."""
+
+    def __init__(self, located: Mapping[str, Site], parts: Parts, target: Target, rewritten: Counter[str]) -> None:
+        self._located, self._parts, self._target, self._rewritten = located, parts, target, rewritten
+
+    def __iter__(self) -> Iterator[tuple[str, Adapter]]:
+        for site, found in self._located.items():
+            module = module_at(self._parts, site)
+            adapter = _built(found, module, site)
+            if self._target == "a1111" and (odd := _odd_there(adapter)):
+                self._rewritten[odd] += 1
+                change = change_of(adapter, module)
+                adapter = Full(change.shape, change.matrix(), change.bias)
+            yield site, adapter
+
+
+def _built(found: Site, module: nn.Module, site: str) -> Adapter:
+    try:
+        return found.adapter(module)
+    except ValueError as error:
+        raise UserError(f"The layer {site} cannot be exported.", f"{error}.", "`doctor` tells what is wrong.") from None
+
+
+def _odd_there(adapter: Adapter) -> str:
+    """What A1111 or ComfyUI reads otherwise than we do; "" for what both read alike."""
+    if adapter.magnitude is not None:
+        return "DoRA"
+    if isinstance(adapter, Oft) and adapter.rescale is not None:
+        return "rescaled OFT"
+    return "input-side OFT" if isinstance(adapter, Oft) and adapter.plan.side == "input" else ""
+
+
+def _header(file: AdapterFile, *, strip: bool) -> dict[str, str]:
+    header = {key: value for key, value in file.metadata.items() if key not in _OURS}
+    header.pop("ss_network_module", None)  # said anew by what the file holds now
+    return public(header, trigger=file.trigger) if strip else header
+
+
+def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[float]:
+    """Each layer's change as written, against the original's."""
+    back, _ = read_adapter(out).locate(parts)
+    for site, found in located.items():
+        module = module_at(parts, site)
+        exact = change_of(_built(found, module, site), module)
+        size = exact.norm()
+        wrong = distance(change_of(back[site].adapter(module), module), exact) if site in back else size
+        yield relative(wrong, size)
+
+
+def _readings(out: Path, parts: Parts, family: Family, target: Target) -> tuple[Reading, ...]:
+    if target == "peft":
+        return (peft_reading(out, parts),)
+    if target == "diffusers":
+        return (diffusers_reading(out, parts),)
+    by_diffusers = [diffusers_reading(out, parts)] if read_adapter(out).method == "lora" else []
+    return (lycoris_reading(out, parts, family), *by_diffusers)
+
+
+def _notes(kinds: set[str], rewritten: Mapping[str, int]) -> list[str]:
+    """What differs at other strengths than 1 (docs/blending.md)."""
+    notes = []
+    if "oft" in kinds and not rewritten:
+        notes.append("At other strengths than 1, ComfyUI turns OFT by the square of the strength.")
+    if "boft" in kinds or "glora" in kinds or "ia3" in kinds:
+        notes.append("Its own form is read only; it was written as whole differences, which every program adds alike.")
+    return notes

@@ -1,0 +1,132 @@
+"""Blending files into one file: Δ = method(s₁Δ₁, s₂Δ₂, …), layer by layer, with what it loses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.header import family_keys
+from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.formats.write import Precision
+from reparam_diffusion.gallery.blend import BLENDS
+from reparam_diffusion.gallery.blend.forms import Form
+from reparam_diffusion.gallery.blend.method import BlendMethod, Made, Options
+from reparam_diffusion.gallery.blend.result import Progress, Report, write_result
+from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for
+from reparam_diffusion.models.load import Model
+
+
+def blend_files(
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    method: str = "sum",
+    options: Options | None = None,
+    form: Form | None = None,
+    model: Model | str | None = None,
+    precision: Precision = "fp16",
+    title: str = "",
+) -> Iterator[Progress | Report]:
+    """Blend adapters of any methods into one file; yields progress, then the report. Closing it early leaves no file.
+
+    `model` is needed where a change depends on the base's weights (OFT, DoRA, (IA)³, GLoRA).
+    """
+    chosen, form = blend_method(method), form or Form()
+    chosen.check(len(sources))
+    options = options or chosen.options()
+    files = [read_adapter(source.file) for source in sources]
+    opened = Opened(sources, base_for(files, model), files)
+    sites = opened.sites
+    if not sites:
+        raise UserError("There is nothing to blend.", "All strengths are 0.", "Raise one.")
+    header = _header(opened, chosen, options, form, title or out.stem)
+    yield from write_result(
+        out,
+        lambda: blended(opened, chosen, options),
+        count=len(sites),
+        base=opened.base,
+        form=form,
+        precision=precision,
+        header=header,
+        left_out=tuple(opened.left_out),
+    )
+
+
+def blended(opened: Opened, method: BlendMethod, options: Options) -> Iterator[tuple[str, Made]]:
+    """The layers of a blend, one at a time."""
+    for site in opened.sites:
+        yield site, method.blend(opened.layers(site), options)
+
+
+def blend_method(name: str) -> BlendMethod:
+    """A registered method. Raises UserError with the known ones."""
+    if name not in BLENDS:
+        raise UserError(f'There is no blend called "{name}".', do=f"Take one of {', '.join(BLENDS)}.", place="method")
+    return BLENDS[name]
+
+
+def settle_options(method: str, values: Mapping[str, Any]) -> Options:
+    """A method's options from plain values. Any: what a form or a command line gives. UserError names the option."""
+    kind = blend_method(method).options
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        known = ", ".join(kind.model_fields) or "none"
+        raise UserError(f"{place}: {first['msg']}.", f"The options of {method} are: {known}.", place=place) from None
+
+
+def settle_form(values: Mapping[str, Any]) -> Form:
+    """A form from plain values. Any: as above."""
+    try:
+        return Form(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        told = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{place}: {told}." if place else f"{told[0].upper()}{told[1:]}.", place=place) from None
+
+
+def _header(opened: Opened, method: BlendMethod, options: Options, form: Form, title: str) -> dict[str, str]:
+    """Sources with their hashes and strengths, triggers joined; nothing of the sources' pictures, captions or paths."""
+    rows = [
+        {"file": file.file.name, "sha256": digest, "strength": source.strength}
+        | ({} if source.te_strength is None else {"te_strength": source.te_strength})
+        | ({"blocks": dict(source.blocks)} if source.blocks else {})
+        for source, file, digest in zip(opened.sources, opened.files, opened.hashes, strict=True)
+    ]
+    recipe = {"method": method.name, "options": options.model_dump(), "form": form.model_dump(exclude_defaults=True)}
+    header = inherited([file.metadata for file in opened.files], opened.base.family) | named(title)
+    header["modelspec.merged_from"] = ", ".join(f"{row['file']} ({row['strength']:g})" for row in rows)
+    header["reparam_blend"] = json.dumps(recipe | {"sources": rows}, ensure_ascii=False)
+    triggers = list(dict.fromkeys(file.trigger for file in opened.files if file.trigger))
+    if triggers:
+        header["modelspec.trigger_phrase"] = header["ss_trigger_words"] = header["trigger_words"] = ", ".join(triggers)
+    return header
+
+
+_SHARED = (
+    "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip", "ss_resolution",
+    "modelspec.resolution", "modelspec.prediction_type", "modelspec.encoder_layer", "modelspec.implementation",
+)  # fmt: skip
+"""What a result says of its base, where all sources say the same."""
+
+
+def inherited(headers: Sequence[Mapping[str, str]], family: Any) -> dict[str, str]:
+    """What a result keeps of its sources' headers. Any: one of the families' names."""
+    is_v = any(header.get("ss_base_model_version") == "sd_v2_v" for header in headers)
+    shared = {key: headers[0][key] for key in _SHARED if key in headers[0]}
+    shared = {key: value for key, value in shared.items() if all(header.get(key) == value for header in headers)}
+    return family_keys(family, is_v_prediction=is_v) | shared
+
+
+def named(title: str) -> dict[str, str]:
+    """A result's name, in the keys that A1111 and the managers show."""
+    plain = title.lstrip("{") or "adapter"
+    return {"ss_output_name": plain, "modelspec.title": plain, "ss_network_dim": "Dynamic", "ss_network_alpha": "None"}

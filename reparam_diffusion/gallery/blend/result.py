@@ -1,0 +1,155 @@
+"""Writing a result layer by layer, with the error of every layer measured on what the file holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.adapters.foreign import read_forms
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.changes import change_of
+from reparam_diffusion.formats.names import module_at
+from reparam_diffusion.formats.write import AdapterWriter, Precision
+from reparam_diffusion.gallery.blend.forms import Form, form_name, in_form
+from reparam_diffusion.gallery.blend.method import Made
+from reparam_diffusion.gallery.blend.sources import Base
+from reparam_diffusion.maths.change import Change, distance
+from reparam_diffusion.maths.lowrank import relative, share_ranks, svd
+
+Layers = Callable[[], Iterator[tuple[str, Made]]]
+"""Makes a result's layers one after the other, from the start whenever it is called."""
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a long work has come."""
+
+    done: int
+    total: int
+    what: str
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a result: its form, the size of the change that was wanted, and how far the file is from it."""
+
+    site: str
+    form: str
+    norm: float
+    error: float
+    """‖written − wanted‖ / ‖wanted‖, rounding to the file's numbers included."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A result: its file, every layer, and what of the sources was left out as (file, key, why)."""
+
+    file: Path
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def error(self) -> float:
+        """The relative error of all layers together."""
+        wrong = math.sqrt(sum((row.error * row.norm) ** 2 for row in self.layers if row.norm))
+        return relative(wrong, math.sqrt(sum(row.norm**2 for row in self.layers)))
+
+    def worst(self, count: int = 5) -> list[LayerReport]:
+        """The layers with the largest relative errors."""
+        return sorted(self.layers, key=lambda row: -row.error)[:count]
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON: totals and every layer."""
+        rows = [{"layer": r.site, "form": r.form, "norm": r.norm, "error": r.error} for r in self.layers]
+        left = [{"file": file, "key": key, "why": why} for file, key, why in self.left_out]
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        return {"file": str(self.file), "bytes": size, "error": self.error, "layers": rows, "left_out": left}
+
+
+def write_result(
+    path: Path,
+    layers: Layers,
+    *,
+    count: int,
+    base: Base,
+    form: Form,
+    precision: Precision,
+    header: Mapping[str, str],
+    left_out: tuple[tuple[str, str, str], ...] = (),
+) -> Iterator[Progress | Report]:
+    """Write `count` layers in the wanted form; progress first, the report last. Closing the iterator leaves no file.
+
+    Only the layer at hand is in memory. Ranks that are shared over the layers take a pass more.
+    """
+    ranks: dict[str, int] = {}
+    if form.shares_ranks:
+        spectra: dict[str, Tensor] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for number, (site, made) in enumerate(layers(), 1):
+            yield Progress(number, 2 * count, f"looking at {site}")
+            change = made if isinstance(made, Change) else change_of(made, module_at(base.parts, site))
+            if len(change.shape) > 1:
+                spectra[site], shapes[site] = svd(change)[1], change.shape
+        ranks = _shared_ranks(spectra, shapes, form, precision)
+    before, total = (count, 2 * count) if form.shares_ranks else (0, count)
+    rows: list[LayerReport] = []
+    with AdapterWriter(path, parts=base.parts, family=base.family, precision=precision) as writer:
+        for number, (site, made) in enumerate(layers(), 1):
+            module = module_at(base.parts, site)
+            adapter = in_form(made, form, module, rank=ranks.get(site))
+            leaves = {} if adapter is None else writer.add(site, adapter)
+            rows.append(_report_on(site, made, adapter, leaves, module))
+            yield Progress(before + number, total, site)
+        writer.finish(header)
+    yield Report(path, tuple(rows), left_out)
+
+
+def _shared_ranks(
+    spectra: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], form: Form, precision: Precision
+) -> dict[str, int]:
+    """Ranks by layer for a file's size, or for an average rank."""
+    if form.kind == "adalora":
+        spectra = {site: values[values > 0] for site, values in spectra.items()}
+        return share_ranks(spectra, dict.fromkeys(spectra, 1), form.rank * len(spectra))
+    copies = 2 if form.kind == "loha" else 1
+    costs = {site: copies * (shape[0] + math.prod(shape[1:])) for site, shape in shapes.items()}
+    spare = 600 * len(shapes) + 4000  # names, alphas and the header
+    budget = int((form.megabytes * 1e6 - spare) / _BYTES[precision])
+    ranks = share_ranks(spectra, costs, max(budget, 0))
+    if not any(ranks.values()):
+        raise UserError(
+            f"{form.megabytes:g} MB is too small for this adapter.",
+            f"One rank of its cheapest layer and the header take {(spare + 2 * min(costs.values())) / 1e6:.2f} MB.",
+            "Allow a larger file.",
+            place="form.megabytes",
+        )
+    return {site: min(rank, form.rank) if form.rank else rank for site, rank in ranks.items()}
+
+
+@torch.no_grad()
+def _report_on(
+    site: str, made: Made, adapter: Adapter | None, leaves: Mapping[str, Tensor], module: nn.Module
+) -> LayerReport:
+    wanted = made if isinstance(made, Change) else change_of(made, module)
+    norm = wanted.norm()
+    if not leaves:
+        return LayerReport(site, form_name(None), norm, relative(norm, norm))
+    written = change_of(read_forms(leaves, wanted.shape), module)
+    return LayerReport(site, form_name(adapter), norm, relative(distance(written, wanted), norm))
+
+
+def finished(steps: Iterator[Progress | Report]) -> Report:
+    """Run a work to its end and return the report."""
+    report: Report | None = None
+    for step in steps:
+        if isinstance(step, Report):
+            report = step
+    assert report is not None
+    return report

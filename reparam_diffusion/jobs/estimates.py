@@ -1,0 +1,188 @@
+"""What runs will cost: asked for by the page, told from what is known, found out in a process of its own.
+
+`cost` reads; `find_out` leaves the settings in a folder and starts a detached process of low priority that counts the
+memory of each and times its work, unless a run holds the device; `remember` keeps what a real run has shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]  # it ships no types
+import torch
+
+from reparam_diffusion import events as e
+from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import write_whole
+from reparam_diffusion.jobs import locks, runs
+from reparam_diffusion.jobs.worker import device_of, start_detached, threads
+from reparam_diffusion.models.outline import configs_of, outline, shape_key
+from reparam_diffusion.models.precision import cache_file, pick_device
+from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece
+from reparam_diffusion.training.estimate_memory import count_memory
+from reparam_diffusion.training.estimate_pace import Book, Piece, Unit, machine_name, pieces_of, seconds_of
+from reparam_diffusion.training.estimate_probe import Interrupted, probe
+from reparam_diffusion.training.measure import MOST_LOOKED_AT
+from reparam_diffusion.training.ready import dtype_of
+
+MODULE = "reparam_diffusion.jobs.estimates"
+LEFT_FREE = 0.8
+"""A probe may take this share of the memory that is free."""
+
+
+def cost(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
+    """What a launched run with so many pictures will cost, as far as it is known: milliseconds, once warm.
+
+    The first call for a model imports diffusers and reads its configuration (seconds). Raises UserError for a model or
+    settings that cannot be.
+    """
+    return cost_of(config, pictures=pictures, workspace=workspace, threads=threads())
+
+
+def cost_here(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
+    """The same for a run in this process, its memory counted now (seconds); a hub id's configuration is fetched."""
+    outline(config.model.path, fetch=True)
+    if _memory_of(config) not in Book().read():
+        Book().write({_memory_of(config): _count(config)})
+    return cost_of(config, pictures=pictures, workspace=workspace, threads=torch.get_num_threads())
+
+
+def remember(folder: Path) -> None:
+    """Keep the pace that a run's last session has shown. For the worker, when it ends; short sessions show nothing."""
+    config = runs.read_config(folder)
+    events, _ = runs.read_events(folder)
+    started = next((event for event in reversed(events) if isinstance(event, e.Started)), None)
+    if started is None:
+        return
+    seconds = seconds_of(events, looked_at=_looked_at(folder, started.pictures))
+    _write_pace(config, seconds)
+
+
+def _looked_at(folder: Path, trained: int) -> int:
+    """How many pictures gave a run's fixed-noise loss: those held out, else those trained."""
+    every = len(json.loads((folder / "pictures.json").read_text(encoding="utf-8")))
+    return min(every - trained or trained, MOST_LOOKED_AT)
+
+
+def _write_pace(config: TrainConfig, seconds: Mapping[Unit, float]) -> None:
+    pieces = _pieces(config, torch.get_num_threads())
+    Book().write({pieces[unit]: value for unit, value in seconds.items()})
+
+
+def _pieces(config: TrainConfig, threads: int) -> dict[Unit, Piece]:
+    path = config.model.path
+    machine = machine_name(pick_device(config.model.device), threads)
+    return pieces_of(outline(path), shape_key(configs_of(path)), config, machine)
+
+
+# --- finding out -----------------------------------------------------------------------------------------------------
+def find_out(configs: Sequence[TrainConfig]) -> bool:
+    """Have what is not known of these runs' costs found out, the first one first; whether there is anything to do.
+
+    Call it as often as you like: one process serves all that ask, and what failed is not tried again.
+    """
+    asked = [config for config in configs if _gaps(config)]
+    for config in reversed(asked):  # the newest file is served first
+        settings = to_toml(config)
+        write_whole(_asked() / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.toml", settings)
+    if asked and not _is_served():
+        with cache_file("estimates.log").open("wb") as log:
+            process = start_detached([sys.executable, "-m", MODULE], log)
+        write_whole(cache_file("estimates.pid"), str(process.pid))
+    return bool(asked)
+
+
+def _is_served() -> bool:
+    """Whether a process takes what is asked, or has just been started to."""
+    file = cache_file("estimates.pid")
+    try:
+        process = psutil.Process(int(file.read_text(encoding="utf-8")))
+        is_the_one = process.create_time() <= file.stat().st_mtime + 1
+        return is_the_one and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, ValueError, psutil.Error):
+        return False
+
+
+def _asked() -> Path:
+    return cache_file("asked")
+
+
+def _lock() -> Path:
+    return cache_file("estimates.lock")
+
+
+def _gaps(config: TrainConfig) -> list[str]:
+    """What can be found out now: "memory", "pace" unless the device is taken; what failed before is no gap."""
+    known = Book().read()
+    step = _pieces(config, threads())["step"]
+    peak = _memory_of(config)
+    gaps = [] if peak in known else ["memory"]
+    if step not in known and _failed(step) not in known and not locks.is_held(locks.device_lock(device_of(config))):
+        gaps.append("pace")
+    return gaps
+
+
+def _memory_of(config: TrainConfig) -> Piece:
+    return memory_piece(shape_key(configs_of(config.model.path)), config, pick_device(config.model.device))
+
+
+def _failed(step: Piece) -> Piece:
+    """The note that timing a step has failed."""
+    return replace(step, unit="failed")
+
+
+def serve() -> None:
+    """Take what was asked, the newest first, until nothing is left."""
+    psutil.Process().nice(19 if sys.platform != "win32" else psutil.IDLE_PRIORITY_CLASS)
+    with locks.try_hold(_lock()) as held:
+        while held and (waiting := sorted(_asked().glob("*.toml"), key=lambda file: file.stat().st_mtime_ns)):
+            file = waiting[-1]
+            try:
+                _answer(settle(read_settings(file)))
+            except UserError as error:
+                sys.stderr.write(f"{file.name}: {error}\n")
+            finally:
+                file.unlink(missing_ok=True)
+
+
+def _answer(config: TrainConfig) -> None:
+    """Count the memory, then time the work unless it is known, would not fit, or a run wants the device."""
+    gaps = _gaps(config)
+    if "memory" in gaps:
+        Book().write({_memory_of(config): _count(config)})
+    if "pace" not in gaps:
+        return
+    step = _pieces(config, torch.get_num_threads())["step"]
+    device = pick_device(config.model.device)
+    if device.type == "cpu" and Book().read()[_memory_of(config)] > LEFT_FREE * psutil.virtual_memory().available:
+        Book().write({_failed(step): 1.0})
+        return
+    lock = locks.device_lock(device_of(config))
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _write_pace(config, probe(config, Path(folder), may_go_on=lambda: not locks.is_held(lock)))
+        except Interrupted:
+            return
+        except (UserError, RuntimeError, MemoryError) as error:  # such as CUDA's out of memory
+            sys.stderr.write(f"{error}\n")
+            Book().write({_failed(step): 1.0})
+
+
+def _count(config: TrainConfig) -> int:
+    device = pick_device(config.model.device)
+    base = outline(config.model.path)
+    base.cast(dtype_of(config.model.path, config.model.precision, device))
+    return count_memory(base, config, device.type).peak
+
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(prog=MODULE, description="Find out what runs will cost.").parse_args()
+    serve()

@@ -1,0 +1,248 @@
+"""Adapters into models and out of models: the baked model draws as the adapter does, and gives the adapter back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from formats_oracles import adapters_for
+from formats_tiny import assert_equal
+from safetensors import safe_open
+from tiny_pipelines import save_tiny
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from reparam_diffusion.__main__ import app
+from reparam_diffusion.adapters.foreign import Full
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.checkpoint import live_weights, original_names
+from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.formats.write import write_adapter
+from reparam_diffusion.gallery.bake import bake
+from reparam_diffusion.gallery.blend.forms import Form
+from reparam_diffusion.gallery.blend.result import finished
+from reparam_diffusion.gallery.blend.sources import Source
+from reparam_diffusion.gallery.extract import extract
+from reparam_diffusion.inject import attach
+from reparam_diffusion.models.load import Model, load_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torchvision.*:UserWarning")
+FAMILIES = ("sd1", "sd2", "sdxl")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A tiny model of a family. SDXL's encoders differ in width, by which diffusers tells them apart."""
+    folder = tmp_path_factory.mktemp("models") / request.param
+    save_tiny(folder, "sdxl" if request.param == "sdxl" else "sd1")
+    loaded = load_model(folder, device="cpu")
+    if request.param != "sd1":
+        loaded = widened(loaded, request.param, folder)
+    return loaded
+
+
+def widened(model: Model, family: str, folder: Path) -> Model:
+    """The model with what tells its family: SDXL's second encoder wider, SD 2 read as its 1024 wide text vectors are."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(1)
+    unet = dict(model.unet.config)
+    if family == "sdxl":
+        config = CLIPTextConfig(**{**model.text_encoders[1].config.to_dict(), "hidden_size": 24, "projection_dim": 16})
+        model.text_encoders[1] = CLIPTextModelWithProjection(config).requires_grad_(False).eval()
+        model.text_encoders[1].save_pretrained(folder / "text_encoder_2")
+        unet["cross_attention_dim"] = 16 + 24
+    else:
+        config = CLIPTextConfig(
+            **{**model.text_encoders[0].config.to_dict(), "hidden_size": 1024, "num_attention_heads": 2}
+        )
+        model.text_encoders[0] = type(model.text_encoders[0])(config).requires_grad_(False).eval()
+        model.text_encoders[0].save_pretrained(folder / "text_encoder")
+        unet |= {"cross_attention_dim": 1024, "use_linear_projection": True}
+    model.unet = UNet2DConditionModel.from_config(unet).requires_grad_(False).eval()
+    model.unet.save_pretrained(folder / "unet")
+    assert model.family == family
+    return model
+
+
+@torch.no_grad()
+def answers(model: Model) -> Tensor:
+    """What all parts give for fixed inputs."""
+    chance = torch.Generator().manual_seed(3)
+    width = model.unet.config.cross_attention_dim
+    x, text = torch.randn(1, 4, 16, 16, generator=chance), torch.randn(1, 5, width, generator=chance)
+    added = {"text_embeds": torch.randn(1, 16, generator=chance), "time_ids": torch.randn(1, 6, generator=chance)}
+    more = {"added_cond_kwargs": added} if model.family == "sdxl" else {}
+    pieces = [model.unet(x, torch.tensor([300]), text, **more).sample.flatten()]
+    tokens = torch.tensor([[2046, 17, 250, 9, 2047]])
+    for encoder in model.text_encoders:
+        out = encoder(tokens, output_hidden_states=True)
+        pieces += [out.last_hidden_state.flatten(), getattr(out, "text_embeds", torch.zeros(0)).flatten()]
+    picture = model.vae.decode(x).sample
+    return torch.cat([*pieces, picture.flatten(), model.vae.encode(picture).latent_dist.mean.flatten()])
+
+
+@pytest.fixture
+def sources(model: Model, tmp_path: Path) -> list[Source]:
+    """Two adapters of different methods, at strengths, and what they draw together."""
+    made = []
+    for method, spec in (("lora", {"rank": 2}), ("oft", {"block_size": 4})):
+        path = tmp_path / "in" / f"{method}.safetensors"
+        adapters = adapters_for(model.parts, method, **spec)
+        write_adapter(path, adapters, parts=model.parts, family=model.family, precision="fp32")
+        made.append(Source(path, 0.5))
+    return made
+
+
+def applied(model: Model, sources: list[Source]) -> Tensor:
+    live = [attach(model.parts, read_adapter(s.file).match(model.parts)[0], strength=s.strength) for s in sources]
+    together = answers(model)
+    for injection in live:
+        injection.remove()
+    return together
+
+
+def test_a_baked_folder_draws_what_the_adapters_draw(model: Model, sources: list[Source], tmp_path: Path) -> None:
+    base, together = answers(model), applied(model, sources)
+    steps = list(bake(model, sources, tmp_path / "baked", precision="fp32"))
+    assert [step.done for step in steps[:-1]] == sorted(step.done for step in steps[:-1])
+    assert steps[-2].done == steps[-2].total
+    assert_equal(answers(load_model(tmp_path / "baked", device="cpu")), together, base)
+    assert torch.equal(answers(model), base), "the loaded model is as it was"
+    with pytest.raises(UserError, match="exists already"):
+        next(bake(model, sources, tmp_path / "baked"))
+
+
+def test_a_baked_checkpoint_in_the_original_names_loads_with_equal_outputs(
+    model: Model, sources: list[Source], tmp_path: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    base, together = answers(model), applied(model, sources)
+    out = tmp_path / "model.safetensors"
+    for _ in bake(model, sources, out, kind="checkpoint", precision="fp32"):
+        pass
+    kind = StableDiffusionXLPipeline if model.family == "sdxl" else StableDiffusionPipeline
+    more = {} if model.family == "sdxl" else {"safety_checker": None, "feature_extractor": None}
+    pipe = kind.from_single_file(str(out), config=str(model.folder), torch_dtype=torch.float32, **more)
+    encoders = [pipe.text_encoder, *([pipe.text_encoder_2] if model.family == "sdxl" else [])]
+    back = Model("back", pipe.unet, pipe.vae, encoders, [], pipe.scheduler, model.device, torch.float32)
+    assert_equal(answers(back), together, base)
+    with safe_open(str(out), "pt") as opened:
+        assert "oft.safetensors (0.5)" in opened.metadata()["modelspec.merged_from"]
+
+
+def test_the_real_models_get_every_original_name() -> None:
+    """The number of tensors in the published checkpoints' UNets, and their last names."""
+    from diffusers import AutoencoderKL
+
+    from reparam_diffusion.models.skeleton import skeleton
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    last = {
+        "sd1": ("model.diffusion_model.output_blocks.11.1.proj_out.weight", 686, 196),
+        "sd2": ("cond_stage_model.model.transformer.resblocks.22.mlp.c_proj.bias", 686, 4 + 23 * 12),
+        "sdxl": ("conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight", 1680, 196 + 5 + 32 * 12),
+    }
+    for family, (name, unet, text) in last.items():
+        parts = skeleton(family)
+        names = [key for key, _ in original_names(parts, vae, family, live_weights(parts))]
+        assert name in names
+        assert len(names) == len(set(names))
+        assert sum(key.startswith("model.diffusion_model.") for key in names) == unet
+        assert sum(key.startswith("first_stage_model.") for key in names) == 248
+        assert sum(key.startswith(("cond_stage_model.", "conditioner.")) for key in names) == text
+    assert "first_stage_model.decoder.up.3.block.0.conv1.weight" in names
+    assert "first_stage_model.encoder.mid.attn_1.proj_out.weight" in names
+
+
+def test_stopping_a_bake_leaves_nothing(model: Model, sources: list[Source], tmp_path: Path) -> None:
+    for out in (tmp_path / "baked", tmp_path / "baked.safetensors"):
+        steps = bake(model, sources, out, kind="checkpoint" if out.suffix else "folder")
+        next(steps)
+        steps.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_a_bias_that_the_model_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "m", "sd1"), device="cpu")
+    site = next(f"unet.{path}" for path, m in model.unet.named_modules() if isinstance(m, nn.Linear) and m.bias is None)
+    shape = tuple(model.unet.get_submodule(site[5:]).weight.shape)
+    adapters = {site: Full(shape, torch.zeros(shape), torch.ones(shape[0]))}
+    file = write_adapter(tmp_path / "a.safetensors", adapters, parts=model.parts, family="sd1")
+    with pytest.raises(UserError, match="has none"):
+        next(bake(model, [Source(file)], tmp_path / "out"))
+
+
+# --- extract ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "form",
+    [Form(), Form(kind="lora", rank=2), Form(kind="lokr", factor=4), Form(kind="diff")],
+    ids=lambda form: form.kind,
+)
+def test_what_was_baked_in_comes_out_again(form: Form, tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "m", "sd1"), device="cpu")
+    method, spec = ("lokr", {"factor": 4}) if form.kind == "lokr" else ("lora", {"rank": 2})
+    adapters = adapters_for(model.parts, method, **spec)
+    file = write_adapter(tmp_path / "a.safetensors", adapters, parts=model.parts, family="sd1", precision="fp32")
+    for _ in bake(model, [Source(file)], tmp_path / "baked", precision="fp32"):
+        pass
+    tuned = load_model(tmp_path / "baked", device="cpu")
+    report = finished(extract(tuned, model, tmp_path / "out.safetensors", form=form, precision="fp32"))
+    assert report.error < 1e-5
+    assert {row.site for row in report.layers} == set(adapters)
+    back, unmatched = read_adapter(report.file).match(model.parts)
+    assert unmatched == []
+    for site, adapter in adapters.items():
+        weight = model.parts[site.partition(".")[0]].get_submodule(site.partition(".")[2]).weight
+        exact = adapter.delta(weight).detach()
+        assert (back[site].delta(weight).detach() - exact).norm() <= 1e-4 * exact.norm()
+
+
+def test_norms_and_biases_come_out_whole_or_are_told(tmp_path: Path) -> None:
+    base = load_model(save_tiny(tmp_path / "m", "sd1"), device="cpu")
+    tuned = load_model(tmp_path / "m", device="cpu")
+    tuned.unet.conv_in.bias.data += 1.0
+    tuned.unet.conv_norm_out.weight.data += 0.5
+    tuned.unet.conv_out.weight.data *= 1.5
+    tuned.text_encoders[0].get_submodule("encoder.layers.0.mlp.fc1").weight.data += 1e-6
+    whole = finished(
+        extract(tuned, base, tmp_path / "d.safetensors", form=Form(kind="diff"), precision="fp32", least=1e-3)
+    )
+    assert {row.site for row in whole.layers} == {"unet.conv_in", "unet.conv_norm_out", "unet.conv_out"}
+    with attach(base.parts, read_adapter(whole.file).match(base.parts)[0]):
+        torch.testing.assert_close(answers(base), answers(tuned), rtol=1e-4, atol=1e-4)
+    ranked = finished(extract(tuned, base, tmp_path / "l.safetensors", form=Form(kind="lora", rank=4), least=1e-3))
+    assert {row.site for row in ranked.layers} == {"unet.conv_out"}
+    assert {key for _, key, _ in ranked.left_out} == {"unet.conv_in", "unet.conv_norm_out"}
+
+
+def test_a_model_of_another_build_and_the_same_model_are_refused(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "m", "sd1"), device="cpu")
+    xl = load_model(save_tiny(tmp_path / "xl", "sdxl"), device="cpu")
+    with pytest.raises(UserError, match="not built like"):
+        next(extract(xl, model, tmp_path / "o.safetensors", form=Form()))
+    with pytest.raises(UserError, match="nothing to extract"):
+        next(extract(model, model, tmp_path / "o.safetensors", form=Form()))
+
+
+def test_bake_and_extract_on_the_command_line(tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path / "m", "sd1"), device="cpu")
+    file = write_adapter(
+        tmp_path / "a.safetensors", adapters_for(model.parts, "lora", rank=2), parts=model.parts, family="sd1"
+    )
+    for words in (
+        ["bake", f"{file}:0.5", "--model", tmp_path / "m", "--out", tmp_path / "baked", "--precision", "fp32"],
+        ["bake", file, "--model", tmp_path / "m", "--out", tmp_path / "baked.safetensors"],
+        ["extract", tmp_path / "baked", "--base", tmp_path / "m", "--rank", 4, "--out", tmp_path / "b.safetensors"],
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert "relative error" in done.stdout
+    assert read_adapter(tmp_path / "b.safetensors").method == "lora"
