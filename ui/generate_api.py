@@ -56,7 +56,8 @@ def _use(one: list[Any]) -> dict[str, Any]:  # Any: as another program gives the
 def _awaited(folder: Path, workspace: Path) -> list[FileData]:
     """The files, once all are there. Raises UserError when some are not."""
     fragments.serve(images.images_of(workspace))
-    while (state := studio.state_of(folder)).is_live:
+    reader = studio.Reader()
+    while (state := reader.state_of(folder)).is_live:
         time.sleep(LOOK_AGAIN)
     if state.state != "finished":
         raise UserError("Not all pictures were drawn.", state.message or f"The request was {state.state}.")

@@ -183,8 +183,7 @@ def _next_pictures(
     if is_too_long(model, recipe.prompt):
         log.append(e.Warned("The prompt is longer than this model reads; its end has no effect."))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model, recipe.width or 0, recipe.height or 0))
-    looks = folder / "looks"
-    looks.mkdir(exist_ok=True)
+    looks = studio.looks_of(folder)
 
     def on_step(done: int, total: int) -> bool:
         share = done * len(seeds) / total

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import Habits, read_habits
-from reparam_diffusion.models.load import STARTER
+from reparam_diffusion.models.outline import configs_of
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Glance:
 
 def glance_at(model: str | Path) -> Glance:
     """A model folder's habits and sizes; for anything else what most models have."""
-    folder = STARTER if str(model) == "starter" else Path(model).expanduser()
     try:
+        folder = configs_of(model)
         unet = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
         latent = 2 ** (len(vae["block_out_channels"]) - 1)
