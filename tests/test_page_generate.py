@@ -200,7 +200,7 @@ def test_other_programs_draw_through_the_endpoint(served: Served) -> None:
         (6, 2, (Use(name="teddy", strength=0.5),)),
     ]
     with pytest.raises(Exception, match="Did you mean"):
-        client.predict(APPLE, [["tedy"]], steps=2, api_name="/generate")
+        client.predict(APPLE, ["tedy"], steps=2, api_name="/generate")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
