@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import check_commands, file_commands, model_commands
+from reparam_diffusion.jobs import check_commands, file_commands, gallery_commands, model_commands
 
 if TYPE_CHECKING:
     from reparam_diffusion.events import Event
@@ -231,7 +231,7 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     typer.echo(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
-for commands in (file_commands, model_commands, check_commands):
+for commands in (file_commands, gallery_commands, model_commands, check_commands):
     commands.register(app)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from test_gallery_index import put
+from typer.testing import CliRunner
 
+from reparam_diffusion.__main__ import app
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import count_pictures, guess_trigger
 from reparam_diffusion.gallery import catalog, importing, shelf
@@ -213,6 +216,25 @@ def test_too_much_at_once_is_refused_before_anything_is_copied(
     with pytest.raises(UserError, match="portions"):
         import_files([file], tmp_path)
     assert shelf.list_adapters(tmp_path) == []
+
+
+# --- on the command line ---------------------------------------------------------------------------------------------
+def test_the_command_line_imports_lists_and_inspects(tmp_path: Path, dropped: Path) -> None:
+    lora(dropped, "cat", ss_trigger_words="sks cat", ss_sd_model_name="starter-model", reparam_method="adalora")
+    (dropped / "bad.pt").write_bytes(b"pickle")
+    where = ["--workspace", str(tmp_path / "w")]
+    run = CliRunner().invoke
+    done = run(app, ["import", str(dropped / "cat.safetensors"), str(dropped / "bad.pt"), *where])
+    assert done.exit_code == 0
+    assert "Gallery   cat\n" in done.stdout
+    assert "bad.pt is left out." in done.stderr
+    assert run(app, ["import", str(dropped / "bad.pt"), *where]).exit_code == 1
+    done = run(app, ["gallery", "sks", *where])
+    assert re.fullmatch(r'cat  AdaLoRA  Starter model  0.0 MB  [\d-]+  "sks cat"  strength 1\n', done.stdout)
+    assert json.loads(run(app, ["gallery", "--method", "loha", "--json", *where]).stdout) == []
+    lines = run(app, ["inspect", "cat", *where]).stdout
+    assert "Method    AdaLoRA, saved as LoRA\nBase      Starter model" in lines
+    assert "Layers    1: 1 in the UNet\nRanks     4 everywhere" in lines
 
 
 # --- what a foreign header lets one guess ----------------------------------------------------------------------------

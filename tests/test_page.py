@@ -8,15 +8,19 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from page_browser import Open, Served, open_browser, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from run_folders import wait_for
 
 from reparam_diffusion.jobs import runs
+from reparam_diffusion.jobs.datasets import EXAMPLES
 
 pytestmark = pytest.mark.page
 
@@ -225,3 +229,25 @@ def test_a_run_goes_on_while_the_server_is_killed_and_a_killed_worker_is_lost(br
             expect(page.locator("#progress .chip")).to_have_text("Lost")
             expect(page.locator("#progress")).to_contain_text("The program ended without a word.")
             expect(page.get_by_role("button", name=re.compile("Resume|Start again"))).to_be_visible()
+
+
+def test_other_programs_train_and_look_as_the_docs_say(served: Served) -> None:
+    client = Client(served.address, verbose=False)
+    files = [handle_file(file) for file in sorted(EXAMPLES.joinpath("teddy").glob("0[12].*"))]
+    settings = {"method": "lokr", "training.steps": 2, "output.name": "by api"}
+    run = client.predict(files, "sks", "toy", settings, api_name="/train")
+    wait_for(lambda: details(client, run["name"])["state"] == "finished", seconds=240)
+    told = details(client, run["name"])
+    assert told["step"] == 2 and len(told["losses"]) == 2 and told["adapter"].startswith("by-api")
+    assert run["name"] in [row["name"] for row in client.predict(api_name="/list_runs")]
+    with pytest.raises(AppError, match="cannot be asked to"):
+        client.predict(run["name"], "explode", api_name="/run_ask")
+    with pytest.raises(AppError, match=r"data\.images cannot be set"):
+        client.predict(files, "sks", "toy", {"data.images": "/etc"}, api_name="/train")
+    client.close()
+
+
+def details(client: Client, name: str) -> dict[str, Any]:
+    """A run as the endpoint tells it. Any: JSON's own values."""
+    told: dict[str, Any] = client.predict(name, api_name="/run_details")
+    return told

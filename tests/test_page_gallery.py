@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from page_browser import Served, open_browser, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
+from safetensors.torch import save_file
 from test_gallery_index import put
+
+from reparam_diffusion import events as e
 
 pytestmark = pytest.mark.page
 SLOW = 60_000  # milliseconds; the machine may be busy with other tests
@@ -80,7 +84,7 @@ def test_a_strangers_file_is_dropped_told_of_noted_deleted_and_restored(
     page.locator("#shelf-drop input[type=file]").set_input_files([file, tmp_path / "bad <i>.ckpt", picture])
     imported = page.locator("#imported")
     expect(imported).to_contain_text("1 adapter imported.", timeout=SLOW)
-    expect(imported).to_contain_text("LoRA, for Stable Diffusion XL, 1 layer, rank 4, trigger “sks cat”")
+    expect(imported).to_contain_text("LoRA, for Stable Diffusion XL, 1 layer, ranks 4 everywhere, trigger “sks cat”")
     expect(imported).to_contain_text("can run programs when they are read")
     expect(page.locator("#chosen h2")).to_have_text("Cute Cat")
     drawn = page.get_by_role("img", name="What Cute Cat draws").first
@@ -190,8 +194,34 @@ def test_deleting_for_good_takes_a_second_press(page: Page, served: Served) -> N
 
 def test_ranks_that_differ_are_told_layer_by_layer_and_the_rest_in_a_word(page: Page, served: Served) -> None:
     put(served.workspace, "even", rank=5)
+    tensors = {}
+    for block, rank in enumerate((2, 3, 5, 7)):
+        key = f"lora_unet_down_blocks_{block}_attentions_0_proj_in"
+        tensors |= {f"{key}.lora_down.weight": torch.ones(rank, 8), f"{key}.lora_up.weight": torch.ones(8, rank)}
+    save_file(tensors, served.workspace / "adapters" / "adaptive.safetensors", {"reparam_method": "adalora"})
     card(page, "even").click()
     expect(page.locator("#chosen-rest")).to_contain_text("5 everywhere (1 layer).")
+    card(page, "adaptive").click()
+    expect(page.locator("#chosen-rest")).to_contain_text("2 to 7, 4.2 on average (4 layers).")
+    expect(page.locator("#chosen-head")).to_contain_text("AdaLoRA, saved as LoRA")
+    expect(page.locator("#chosen .ranks li")).to_have_count(4)
+    expect(page.locator("#chosen .ranks li").nth(1)).to_have_text("down 1 attention 0 proj in3")
+
+
+def test_the_loss_of_the_run_that_made_it_is_drawn(page: Page, served: Served) -> None:
+    folder = served.workspace / "runs" / "20260102-030405-bear"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text("")
+    steps = [e.Step(number, 1.0 / number, {"unet": 1e-4}, 0.1, 1.0) for number in range(1, 9)]
+    (folder / "events.jsonl").write_text("".join(f"{event.to_json()}\n" for event in [*steps, e.Finished(8, "", 1.0)]))
+    put(served.workspace, "bear", notes={"run": folder.name})
+    put(served.workspace, "stray", notes={"run": "../../etc"})
+    card(page, "bear").click()
+    expect(page.locator("#chosen").get_by_role("img", name=re.compile("^Loss from"))).to_be_visible()
+    card(page, "stray").click()
+    expect(page.locator("#chosen h2")).to_have_text("stray")
+    expect(page.locator("#chosen").get_by_role("img", name=re.compile("^Loss from"))).to_have_count(0)
+    shutil.rmtree(folder)
 
 
 def test_nothing_is_cut_off_on_a_phone_and_what_is_chosen_comes_into_view(phone: Page, served: Served) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from reparam_diffusion import events as e
 from reparam_diffusion.config import settle
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.gallery import shelf, waste
+from reparam_diffusion.gallery import of_run, shelf, waste
 from reparam_diffusion.gallery.thumbs import thumb_of
 from reparam_diffusion.jobs import runs, worker
 
@@ -257,6 +257,19 @@ def test_an_entry_in_the_bin_stays_there_when_its_run_goes_on(stopped_run: Path)
     waste.put(shelf.list_adapters(workspace)[0].stem, workspace, now=NOW)
     assert [one.file.read_bytes()[:5] for one in resumed(stopped_run)] == [b"whole"]
     assert [one.shelved.file.read_bytes() for one in waste.list_bin(workspace)] == [b"half"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), UserError("Not written.", "It is full.")])
+def test_a_gallery_that_takes_nothing_does_not_spoil_the_run(
+    stopped_run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def refuse(*_: object, **__: object) -> Path:
+        raise error
+
+    monkeypatch.setattr(of_run, "shelve", refuse)
+    events = list(worker.work(stopped_run, resume=True, train=fake_train))
+    assert isinstance(events[-1], e.Finished)
+    assert any(isinstance(event, e.Warned) and "run's folder" in event.message for event in events)
 
 
 def test_two_runs_of_one_name_have_two_entries(stopped_run: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any
 from reparam_diffusion.gallery import notes, thumbs
 from reparam_diffusion.gallery.catalog import Entry
 from reparam_diffusion.gallery.importing import Imported
-from reparam_diffusion.gallery.report import BASES, Report, method_title
+from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told
 from reparam_diffusion.gallery.shelf import Shelved, stem_of
 from reparam_diffusion.gallery.waste import Binned
-from ui.fragments import link_to, plain_size, serve
+from ui.fragments import age_of, link_to, plain_size, serve
 
 SHORT_BASES = {"starter": "Starter model", "sd1": "SD 1.x", "sd2": "SD 2.x", "sdxl": "SDXL", "unknown": ""}
-FEW_RANKS = 3  # different ranks that a sentence can tell
 
 
 def plural(count: int, word: str) -> str:
@@ -92,7 +90,7 @@ def head_of(entry: Entry, report: Report | None) -> str:
     serve(shelved.file.parent)
     picture = ""
     if shelved.thumbnail is not None:
-        address = f"{link_to(shelved.thumbnail)}?{shelved.thumbnail.stat().st_mtime_ns}"
+        address = f"{link_to(shelved.thumbnail)}?{age_of(shelved.thumbnail)}"
         picture = f'<img class="large" src="{address}" alt="What {escape(shelved.name)} draws">'
     rows: dict[str, str] = {
         "In prompts": f"<code>&lt;lora:{escape(entry.stem)}:{entry.strength:g}&gt;</code>",
@@ -156,26 +154,18 @@ def rest_of(report: Report) -> str:
 
 
 def ranks_of(report: Report) -> str:
-    """The ranks in a sentence, or as a list of bars where they differ much, as AdaLoRA's do."""
+    """The ranks in a sentence, and as a list of bars where they differ much, as AdaLoRA's do."""
     ranks: Mapping[str, int] = report["ranks"]
-    layers = plural(report["layers"], "layer")
-    if not ranks:
-        return f"<h3>Layers</h3><p>{layers}, of a method without ranks.</p>"
-    counts = Counter(ranks.values()).most_common()
-    if len(counts) == 1 and len(ranks) == report["layers"]:
-        return f"<h3>Ranks</h3><p>{counts[0][0]} everywhere ({layers}).</p>"
-    if len(counts) <= FEW_RANKS:
-        told = ", ".join(f"{rank} in {plural(count, 'layer')}" for rank, count in counts)
-        return f"<h3>Ranks</h3><p>{told}.</p>"
+    told = f"<h3>Ranks</h3><p>{escape(ranks_told(report).capitalize())} ({plural(report['layers'], 'layer')}).</p>"
+    if len(set(ranks.values())) <= FEW_RANKS:
+        return told
     top = max(ranks.values())
     rows = "".join(
         f'<li><span class="layer">{escape(_readable(site))}</span><span class="bar" aria-hidden="true">'
         f'<span style="width:{100 * rank / top:.0f}%"></span></span><span class="rank">{rank}</span></li>'
         for site, rank in ranks.items()
     )
-    mean = sum(ranks.values()) / len(ranks)
-    told = f"From {min(ranks.values())} to {top}, {mean:.1f} on average, in {layers}."
-    return f'<h3>Ranks</h3><p>{told}</p><ul class="ranks" tabindex="0" aria-label="Rank of each layer">{rows}</ul>'
+    return f'{told}<ul class="ranks" tabindex="0" aria-label="Rank of each layer">{rows}</ul>'
 
 
 def _readable(site: str) -> str:
@@ -214,13 +204,8 @@ def _taken(one: Imported) -> str:
         method_title(report["trained_as"] or report["method"]),
         f"for {BASES[report['base']]}" if report["base"] != "unknown" else "base model not said",
         plural(report["layers"], "layer"),
-        _rank_words(report),
+        f"ranks {ranks_told(report)}",
         f"trigger “{report['trigger']}”" if report["trigger"] else "no trigger said",
         f"{plural(len(report['unmatched']), 'name')} left out" if report["unmatched"] else "",
     ]
     return f"<p><b>{escape(one.name)}</b>: {escape(', '.join(word for word in words if word))}.{known}</p>"
-
-
-def _rank_words(report: Report) -> str:
-    ranks = sorted(set(report["ranks"].values()))
-    return f"rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "") if ranks else ""

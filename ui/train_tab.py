@@ -12,8 +12,8 @@ import gradio as gr
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import presets
-from ui import advanced, starting
+from reparam_diffusion.jobs import drafts, presets
+from ui import advanced, ahead, starting
 from ui.advanced import Advanced, draw_advanced
 from ui.door import QUIET, guarded
 from ui.form import Form
@@ -42,6 +42,7 @@ class TrainTab:
     captions: Captions
     start: gr.Button
     trouble: gr.HTML
+    told: gr.HTML
     advanced: Advanced
     shown: gr.State
     marked: gr.State
@@ -69,26 +70,23 @@ def build_train_tab(workspace: Path) -> TrainTab:
             _draw_words(form)
         with gr.Column(elem_classes="card", min_width=300):
             gr.HTML("<h2><span>3</span> How to learn it</h2>", padding=False)
-            form.keep("method", gr.Radio(method_cards(), value="lora", label="Method", elem_id="method"))
+            form.keep("method", gr.Radio(ahead.cards({}), value="lora", label="Method", elem_id="method"))
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
     trouble = gr.HTML("", elem_id="trouble", padding=False)
+    told = gr.HTML("", elem_id="ahead", padding=False)
     captions = draw_captions()
     settings = draw_advanced(form, workspace)
     first = gr.State(starting.defaults(workspace, presets.FIRST, "subject", "lora"))
     kept = gr.BrowserState({}, storage_key="reparam-train", secret="reparam-train")
-    tab = TrainTab(form, pictures, captions, start, trouble, settings, first, gr.State(""), kept)
+    tab = TrainTab(form, pictures, captions, start, trouble, told, settings, first, gr.State(""), kept)
     words = {place: form.controls[place] for place in ("data.trigger", "data.class_word", "data.kind")}
     connect_pictures(workspace, pictures, captions, words)
     connect_describing(workspace, pictures, captions)
     _connect_choices(workspace, tab)
     _connect_settings(workspace, tab)
     _connect_memory(workspace, tab)
+    _connect_ahead(workspace, tab)
     return tab
-
-
-def method_cards() -> list[tuple[str, str]]:
-    """A plain-word card for each method."""
-    return [(f"{method.title}\n{method.summary}", name) for name, method in METHODS.items()]
 
 
 def _draw_words(form: Form) -> None:
@@ -177,6 +175,29 @@ def _connect_memory(workspace: Path, tab: TrainTab) -> None:
 
     changes = [control.input for control in form.controls.values()] + [tab.pictures.draft.change]
     gr.on(changes, guarded(keep, workspace), inputs, tab.kept, trigger_mode="always_last", **QUIET)
+
+
+def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
+    """What a run will cost and what its pictures lack is told anew with every change, and while it is found out."""
+    form, timer = tab.form, ahead.timer()
+    inputs = {*form.controls.values(), tab.pictures.draft}
+    outputs = [form.controls["method"], tab.told, timer]
+
+    def look(values: Mapping[Any, Any]) -> Updates:
+        try:
+            settings = form.settings(form.read(values))
+        except UserError:  # told at its control when Start is pressed
+            return {}
+        known = ahead.look_ahead(workspace, drafts.read(values[tab.pictures.draft], workspace), settings)
+        return {
+            form.controls["method"]: gr.update(choices=known.cards),
+            tab.told: known.told,
+            timer: gr.Timer(active=not known.is_complete),
+        }
+
+    changes = [control.input for control in form.controls.values()]
+    changes += [tab.pictures.draft.change, tab.captions.rows.edit, timer.tick, tab.kept.change]
+    gr.on(changes, guarded(look, workspace), inputs, outputs, trigger_mode="always_last", **QUIET)
 
 
 def restored(workspace: Path, tab: TrainTab, kept: Any) -> Updates:

@@ -171,7 +171,7 @@ register(
     Method(
         name="lora",
         title="LoRA",
-        summary="The all-rounder: small, fast, and every program opens it.",
+        summary="The all-rounder: every program opens it.",
         spec=LoraSpec,
         adapter=Lora,
         plan=plan_lora,

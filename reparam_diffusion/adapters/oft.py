@@ -195,7 +195,7 @@ register(
     Method(
         name="oft",
         title="OFT",
-        summary="Learns by rotation; keeps the model's other skills best.",
+        summary="Learns by rotation; keeps other skills best.",
         spec=OftSpec,
         adapter=Oft,
         plan=plan_oft,

@@ -27,7 +27,7 @@ Unmatched = list[tuple[str, str]]
 PADDING = "reparam_padding"
 """Header key: layers that `write_adapter` added as zeros for other programs."""
 TWICE = "the file has this layer twice, under two names"
-_PART_NAMES = {"unet": "UNet", "te1": "text encoder", "te2": "second text encoder"}
+PART_NAMES = {"unet": "UNet", "te1": "text encoder", "te2": "second text encoder"}
 _LISTED = ("lora", "loha", "lokr", "oft", "adalora", "full", "norm", "ia3", "glora", "boft")
 """Forms whose leaves are all in `keys.KNOWN`; a method that is added later takes any leaf."""
 
@@ -273,5 +273,5 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 
 def _no_layer(site: Site, parts: Parts) -> str:
     if site.part not in parts:
-        return f"the model has no {_PART_NAMES.get(site.part, site.part)}"
-    return f"the model's {_PART_NAMES[site.part]} has no such layer"
+        return f"the model has no {PART_NAMES.get(site.part, site.part)}"
+    return f"the model's {PART_NAMES[site.part]} has no such layer"

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import notes, shelf
 from reparam_diffusion.gallery.index import Header, Key, header_of, headers_of
-from reparam_diffusion.gallery.report import STARTER, bytes_of
+from reparam_diffusion.gallery.report import bytes_of
 
 Order = Literal["newest", "oldest", "name", "largest"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -41,9 +41,7 @@ class Entry:
     @property
     def base(self) -> str:
         """What it was made for: "starter", "sd1", "sd2", "sdxl" or "unknown"."""
-        if self.header is None:
-            return "unknown"
-        return "starter" if self.header.base_model == STARTER else self.header.base
+        return self.header.base if self.header else "unknown"
 
     @property
     def method(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from reparam_diffusion.adapters.base import METHODS
 from reparam_diffusion.formats.identify import count_pictures
-from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.formats.read import PART_NAMES, read_adapter
 
 Report = dict[str, Any]
 """Plain values for JSON."""
@@ -32,6 +32,7 @@ FOREIGN = {
 """Methods that we read but do not train."""
 STARTER = "starter-model"
 """What a header calls the bundled model."""
+FEW_RANKS = 3  # different ranks that a sentence can tell
 _MOST_SHOWN = 8
 
 
@@ -40,14 +41,15 @@ def report_of(path: Path, model: str | None = None) -> Report:
     file = read_adapter(path)
     metadata = file.metadata
     trained_as = metadata.get("reparam_method", "")
+    base_model = metadata.get("ss_sd_model_name", "")
     unmatched = list(file.unmatched)
     report: Report = {
         "file": path.name,
         "bytes": bytes_of(path),
         "method": file.method,
-        "trained_as": trained_as if trained_as != file.method else "",
-        "base": file.base,
-        "base_model": metadata.get("ss_sd_model_name", ""),
+        "trained_as": trained_as if trained_as in METHODS and trained_as != file.method else "",
+        "base": "starter" if base_model == STARTER else file.base,
+        "base_model": base_model,
         "trigger": file.trigger,
         "alpha": metadata.get("ss_network_alpha", ""),
         "layers": len(file.sites),
@@ -68,6 +70,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
 
 
 def bytes_of(path: Path) -> int:
+    """The size of an adapter's tensors on the disk: of a file, or of the files in a folder."""
     files = path.rglob("*.safetensors") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files)
 
@@ -77,23 +80,42 @@ def method_title(method: str) -> str:
     return METHODS[method].title if method in METHODS else FOREIGN.get(method, method)
 
 
+def ranks_told(report: Report) -> str:
+    """The ranks in a sentence's part: "16 everywhere", "16 in 64 layers, 8 in 30 layers", "2 to 16, 7.6 on average"."""
+    ranks = list(report["ranks"].values())
+    counts = Counter(ranks).most_common()
+    if not ranks:
+        return "none: the method has no ranks"
+    if len(counts) == 1 and len(ranks) == report["layers"]:
+        return f"{ranks[0]} everywhere"
+    if len(counts) <= FEW_RANKS:
+        return ", ".join(f"{rank} in {count} layer{'' if count == 1 else 's'}" for rank, count in counts)
+    return f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average"
+
+
 def report_lines(report: Report) -> list[str]:
     """The report as lines of plain text."""
-    ranks = Counter(report["ranks"].values())
-    spread = ", ".join(f"{rank} ({count} layers)" for rank, count in sorted(ranks.items()))
-    parts = ", ".join(f"{count} in {part}" for part, count in report["layers_by_part"].items())
+    parts = ", ".join(f"{count} in the {PART_NAMES.get(p, p)}" for p, count in report["layers_by_part"].items())
+    base = BASES[report["base"]] + (f"  ({report['base_model']})" if report["base_model"] else "")
+    method = method_title(report["method"])
+    if report["trained_as"]:
+        method = f"{method_title(report['trained_as'])}, saved as {method}"
     lines = [
         f"File      {report['file']}  {report['bytes'] / 1e6:.1f} MB",
-        f"Method    {report['method']}" + (f"  (trained as {report['trained_as']})" if report["trained_as"] else ""),
-        f"Base      {BASES.get(report['base'], report['base'])}"
-        + (f"  ({report['base_model']})" if report["base_model"] else ""),
+        f"Method    {method}",
+        f"Base      {base}",
         f"Trigger   {report['trigger'] or 'not said'}",
         f"Layers    {report['layers']}: {parts}",
+        f"Ranks     {ranks_told(report)}",
     ]
-    if spread:
-        lines.append(f"Ranks     {spread}")
+    spread = sorted(Counter(report["ranks"].values()).items())
+    if len(spread) > FEW_RANKS:
+        lines.append("          " + ", ".join(f"{rank} ({count})" for rank, count in spread))
+    if report["made_by"]:
+        lines.append(f"Made by   {report['made_by']}")
     if report["steps"]:
-        lines.append(f"Trained   {report['steps']} steps on {report['pictures'] or '?'} pictures")
+        on = f" on {report['pictures']} pictures" if report["pictures"] else ""
+        lines.append(f"Trained   {report['steps']} steps{on}")
     if "fits" in report:
         lines.append(f"Fits      {report['fits']} of {report['layers']} layers of {report['model']}")
     unmatched = report["unmatched"]

@@ -211,9 +211,12 @@ def shelved_at(file: Path, names: frozenset[str] | None = None) -> Shelved:
 
 def at(stem: str, workspace: Path) -> Path:
     """The adapter of exactly this stem. Raises UserError when it is not, or no longer, on the shelf."""
-    for file in adapters_in(shelf_of(workspace)):
-        if stem_of(file) == stem:
-            return file
+    shelf = shelf_of(workspace)
+    names = names_in(shelf)  # so that no stem leads out of the shelf
+    if stem + ENDING in names and not stem.startswith("."):
+        return shelf / (stem + ENDING)
+    if stem in names and not stem.startswith(".") and is_peft(shelf / stem):
+        return shelf / stem
     raise gone(stem)
 
 

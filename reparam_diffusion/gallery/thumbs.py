@@ -31,8 +31,8 @@ def thumb_of(picture: Path, workspace: Path) -> Path | None:
         return thumb
     try:
         image = open_picture(picture)
-    except UserError:
+        with beside(thumb) as hidden:
+            ImageOps.fit(image, (SIDE, SIDE)).save(hidden, "WEBP", quality=82)
+    except (UserError, OSError):  # no picture, or no room for a small one: the list goes without
         return None
-    with beside(thumb) as hidden:
-        ImageOps.fit(image, (SIDE, SIDE)).save(hidden, "WEBP", quality=82)
     return thumb

@@ -67,20 +67,23 @@ def keep_sides(file: Path, workspace: Path, *, now: datetime) -> Path:
 
 def list_bin(workspace: Path) -> list[Binned]:
     """What is in the bin, the last deleted first."""
-    found = []
-    for key in sorted(shelf.names_in(bin_of(workspace)), reverse=True):
-        if re.match(r"\d{8}-\d{6}-", key):
-            inside = shelf.adapters_in(bin_of(workspace) / key)
-            found += [Binned(key, shelf.shelved_at(file)) for file in inside[:1]]
-    return found
+    keys = sorted(shelf.names_in(bin_of(workspace)), reverse=True)
+    return [one for key in keys for one in _inside(key, workspace)]
 
 
 def binned(key: str, workspace: Path) -> Binned:
     """One thing in the bin. Raises UserError when it is not, or no longer, there."""
-    for one in list_bin(workspace):
-        if one.key == key:
+    if key in shelf.names_in(bin_of(workspace)):  # so that no key leads out of the bin
+        for one in _inside(key, workspace):
             return one
     raise UserError("This is not in the bin any more.", "It may have been restored or deleted meanwhile.")
+
+
+def _inside(key: str, workspace: Path) -> list[Binned]:
+    """The adapter in one folder of the bin; none in what is no such folder."""
+    if not re.match(r"\d{8}-\d{6}-", key):
+        return []
+    return [Binned(key, shelf.shelved_at(file)) for file in shelf.adapters_in(bin_of(workspace) / key)[:1]]
 
 
 def restore(key: str, workspace: Path) -> Path:

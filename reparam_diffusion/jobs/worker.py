@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
@@ -63,6 +63,16 @@ def work(
             log.append(event)
             yield event
         runs.clear_requests(folder)
+    if train is None:
+        _remember_pace(folder)
+
+
+def _remember_pace(folder: Path) -> None:
+    """Keep how long things took, for the estimates before the next Start."""
+    from reparam_diffusion.jobs import estimates
+
+    with suppress(OSError, UserError):  # the run is done; what was not measured is measured another time
+        estimates.remember(folder)
 
 
 def _told(

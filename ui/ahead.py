@@ -1,0 +1,121 @@
+"""What to know before Start: size and time on each method's card, what the run will cost, what the pictures lack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from reparam_diffusion.adapters import METHODS
+from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.data.check import look_over
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.jobs import estimates, queue
+from reparam_diffusion.jobs.datasets import PictureSet, with_words
+from reparam_diffusion.models.outline import outline
+from reparam_diffusion.training.estimate import COUNTED, Cost
+from reparam_diffusion.training.prepare import captions_of
+from ui import starting
+from ui.fragments import plain_size, plain_time
+
+SUPPOSED = 8
+"""How many pictures are reckoned with before any are chosen."""
+LOOK_AGAIN = 4.0  # seconds, while something is being found out
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What is known before Start: a choice for each method, and what the chosen run needs in HTML."""
+
+    cards: list[tuple[str, str]]
+    told: str
+    is_complete: bool
+
+
+def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str, Any]) -> Ahead:
+    """What can be told now; what is not known is being found out when this returns. Any: settings of all types."""
+    try:
+        mine = settle(starting.layer_of(settings))
+        outline(mine.model.path)
+    except UserError:  # a mistake in the settings is told at its control when Start is pressed
+        return Ahead(cards({}), "", is_complete=True)
+    others = {
+        name: starting.settled(workspace, settings["preset"], mine.data.kind, name)
+        for name in METHODS
+        if name != mine.adapter.method
+    }
+    configs = {mine.adapter.method: mine, **{name: _like(other, mine) for name, other in others.items()}}
+    pictures = len(chosen.pictures) if chosen else SUPPOSED
+    costs = {name: estimates.cost(one, pictures=pictures, workspace=workspace) for name, one in configs.items()}
+    is_wanted = chosen is not None and estimates.find_out(list(configs.values()))
+    told = "" if chosen is None else told_of(workspace, chosen, mine, costs[mine.adapter.method])
+    return Ahead(cards(costs), told, is_complete=not is_wanted)
+
+
+def _like(config: TrainConfig, mine: TrainConfig) -> TrainConfig:
+    """Another method's default run on the same base model and device."""
+    return config.model_copy(update={"model": mine.model})
+
+
+def cards(costs: Mapping[str, Cost]) -> list[tuple[str, str]]:
+    """A plain-word card for each method: what it is good for, how large, how long."""
+    rows = []
+    for name, method in METHODS.items():
+        words = f"{method.title}\n{method.summary}"
+        if name in costs:
+            cost = costs[name]
+            time = f", about {plain_time(cost.seconds)}" if cost.seconds is not None else ""
+            words += f"\n{plain_size(cost.file_bytes)}{time}"
+        rows.append((words, name))
+    return rows
+
+
+def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost) -> str:
+    """The cost, and what the pictures and captions lack, in plain words."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(chosen, config))
+    waiting = len(queue.waiting(workspace))
+    line = f" {waiting} other{'s' if waiting > 1 else ''} will go first." if waiting else ""
+    listed = f'<ul class="callout mild">{notes}</ul>' if notes else ""
+    return f'<p class="cost" role="status">{escape(cost_line(cost))}{line}</p>{listed}'
+
+
+def cost_line(cost: Cost) -> str:
+    """ "About 2 min, of which 20 s class pictures. A file of 2.4 MB, about 0.9 GB of memory (estimated)." """
+    seconds = cost.seconds
+    words = f"About {plain_time(seconds)}" if seconds is not None else "The time is being measured"
+    classes = next((part.seconds for part in cost.parts if part.name == "class pictures"), None)
+    if cost.class_pictures:
+        took = f" in {plain_time(classes)}" if classes is not None else ""
+        words += f"; keeping the class as it was means drawing {cost.class_pictures} class pictures{took}"
+    words += f". A file of {plain_size(cost.file_bytes)}"
+    if cost.peak_bytes is not None:
+        where = "memory" if cost.device == "cpu" else "GPU memory"
+        words += f", {plain_size(cost.peak_bytes)} of {where} ({COUNTED})"
+    return f"{words}."
+
+
+def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
+    """What a person should read about the pictures before Start. Refused files stand beside the pictures already."""
+    model = outline(config.model.path)
+    chosen = with_words(chosen, trigger=config.data.trigger, class_word=config.data.class_word)  # as Start does
+    captions = captions_of(model, config, chosen.pictures)
+    notes = look_over(
+        chosen.pictures,
+        [],
+        captions,
+        trigger=config.data.trigger,
+        resolution=config.data.resolution or model.size,
+        expected=f"{config.data.class_word} {model.habits.caption} {model.habits.class_prompt}",
+    )
+    if not config.data.trigger:
+        notes.insert(0, "There is no trigger word yet: write one in step 2.")
+    return notes
+
+
+def timer() -> gr.Timer:
+    """Looks again while something is being found out."""
+    return gr.Timer(LOOK_AGAIN, active=False)
