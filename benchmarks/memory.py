@@ -72,12 +72,10 @@ def measured(config: TrainConfig) -> int:
 
 def train_in(folder: Path) -> None:
     """Train the settings in a folder and print how far the peak rose above the imports."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
-
+    from reparam_diffusion.models.folder import import_pipelines
     from reparam_diffusion.training.loop import train
 
-    assert all((AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, CLIPTextModel, CLIPTokenizer))
+    import_pipelines()
     config = settle(read_settings(folder / "settings.toml"))
     gc.collect()
     before = psutil.Process().memory_info().rss

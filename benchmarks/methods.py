@@ -17,7 +17,8 @@ from reparam_diffusion.apply import generate
 from reparam_diffusion.config import find_preset, settle
 from reparam_diffusion.events import Finished, Started, Step, Validated
 from reparam_diffusion.gallery.grid import make_grid
-from reparam_diffusion.models.load import ASSETS, load_model
+from reparam_diffusion.models.load import load_model
+from reparam_diffusion.models.parts import ASSETS
 from reparam_diffusion.models.precision import processor_name
 from reparam_diffusion.training.loop import train
 

@@ -21,7 +21,8 @@ from PIL import Image
 
 from reparam_diffusion.apply import generate
 from reparam_diffusion.gallery.grid import make_grid
-from reparam_diffusion.models.load import ASSETS, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.parts import ASSETS
 
 COLOURS = {
     "white": (252, 252, 252), "black": (20, 20, 24), "gray": (144, 144, 148), "red": (225, 55, 55),

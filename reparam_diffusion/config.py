@@ -45,6 +45,10 @@ class ModelSettings(Settings):
     """Where to train: auto, cpu, cuda or cuda:1."""
     clip_skip: int = Field(0, ge=0, le=12)
     """Text encoder layers to leave out at the end; 0 uses them all."""
+    vae: str = ""
+    """A VAE to use instead of the model's own: a folder or a .safetensors file. Empty takes the model's own."""
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """What the model predicts; auto takes what its files say."""
 
 
 class DataSettings(Settings):

@@ -28,8 +28,9 @@ from reparam_diffusion.gallery.blend.blending import blend_files
 from reparam_diffusion.gallery.blend.forms import Form
 from reparam_diffusion.gallery.blend.result import finished
 from reparam_diffusion.gallery.blend.sources import Source
-from reparam_diffusion.models.load import STARTER, load_model
+from reparam_diffusion.models.load import load_model
 from reparam_diffusion.models.skeleton import skeleton
+from reparam_diffusion.models.source import STARTER
 from reparam_diffusion.targets import can_carry
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

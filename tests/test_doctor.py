@@ -26,7 +26,7 @@ from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.gallery.collide import Collision, collide, collision_lines, heat_map
 from reparam_diffusion.gallery.doctor import diagnose, diagnosis_lines, repair
 from reparam_diffusion.inject import find_module
-from reparam_diffusion.models.load import STARTER
+from reparam_diffusion.models.source import STARTER
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

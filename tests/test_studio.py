@@ -28,8 +28,9 @@ from reparam_diffusion.gallery.recipe import Recipe, Use
 from reparam_diffusion.jobs import locks, runs, studio, studio_grid, studio_worker
 from reparam_diffusion.models import decode, load, sample
 from reparam_diffusion.models.glance import glance_at
-from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.schedulers import SCHEDULERS, make_scheduler, own_name
+from reparam_diffusion.models.source import STARTER
 
 FAST = {"steps": 2, "width": 32, "height": 32, "guidance": 3.0}
 
@@ -280,7 +281,7 @@ def test_a_restored_recipe_draws_the_same_picture(workspace: Path) -> None:
 
 
 def test_no_adapter_leaks_after_a_cancel_or_an_error(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    monkeypatch.setattr(sample, "at_once", lambda device, width, height: 1)
     plain = asked(workspace, recipe())
     finish(workspace)
     expected = pixels(studio.state_of(plain).pictures[0])
@@ -320,7 +321,7 @@ def test_a_cancel_in_the_middle_of_a_picture_ends_it_there(workspace: Path, monk
 
 
 def test_requests_take_turns_a_picture_each(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    monkeypatch.setattr(sample, "at_once", lambda device, width, height: 1)
     long = asked(workspace, *(recipe(seed=n) for n in range(3)))
     short = asked(workspace, recipe(seed=50))
     finish(workspace)
@@ -417,7 +418,7 @@ def test_while_a_run_holds_the_device_a_request_waits_or_goes_ahead_when_told(wo
 
 
 def test_the_device_is_free_between_two_pictures(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    monkeypatch.setattr(sample, "at_once", lambda device, width, height: 1)
     folder = asked(workspace, recipe(), recipe(seed=2))
     job = studio_worker.draw_request(folder, studio_worker.Studio(workspace))
     for _ in range(2):

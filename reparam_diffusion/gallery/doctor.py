@@ -21,8 +21,9 @@ from reparam_diffusion.formats.read import AdapterFile, Site, read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
 from reparam_diffusion.gallery.blend.result import Progress
 from reparam_diffusion.gallery.blend.sources import Base
-from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.skeleton import skeleton
+from reparam_diffusion.models.source import STARTER
 
 FAMILIES: tuple[Family, ...] = ("sd1", "sd2", "sdxl")
 _ENOUGH = 0.9

@@ -12,7 +12,8 @@ from reparam_diffusion.gallery.grid import make_grid
 from reparam_diffusion.jobs.console import show
 from reparam_diffusion.jobs.runs import create_run
 from reparam_diffusion.jobs.worker import work
-from reparam_diffusion.models.load import ASSETS, load_model
+from reparam_diffusion.models.load import load_model
+from reparam_diffusion.models.parts import ASSETS
 
 TEDDY = {"data": {"images": str(ASSETS / "examples" / "teddy"), "trigger": "sks", "class_word": "toy"}}
 BACKGROUNDS = ("red", "black", "pink", "brown")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,8 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import locks, runs
 from reparam_diffusion.jobs.worker import device_of, start_detached, threads
-from reparam_diffusion.models.outline import configs_of, outline, shape_key
+from reparam_diffusion.models.folder import import_pipelines
+from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import cache_file, pick_device
 from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece
 from reparam_diffusion.training.estimate_memory import count_memory
@@ -80,7 +82,7 @@ def _write_pace(config: TrainConfig, seconds: Mapping[Unit, float]) -> None:
 def _pieces(config: TrainConfig, threads: int) -> dict[Unit, Piece]:
     path = config.model.path
     machine = machine_name(pick_device(config.model.device), threads)
-    return pieces_of(outline(path), shape_key(configs_of(path)), config, machine)
+    return pieces_of(outline(path), shape_of(path), config, machine)
 
 
 # --- finding out -----------------------------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def _gaps(config: TrainConfig) -> list[str]:
 
 
 def _memory_of(config: TrainConfig) -> Piece:
-    return memory_piece(shape_key(configs_of(config.model.path)), config, pick_device(config.model.device))
+    return memory_piece(shape_of(config.model.path), config, pick_device(config.model.device))
 
 
 def _failed(step: Piece) -> Piece:
@@ -142,18 +144,20 @@ def _failed(step: Piece) -> Piece:
 def serve() -> None:
     """Take what was asked, the newest first, until nothing is left."""
     psutil.Process().nice(19 if sys.platform != "win32" else psutil.IDLE_PRIORITY_CLASS)
+    import_pipelines()
+    starting = time.process_time()  # what a run's process does, too, before it comes to its model
     with locks.try_hold(_lock()) as held:
         while held and (waiting := sorted(_asked().glob("*.toml"), key=lambda file: file.stat().st_mtime_ns)):
             file = waiting[-1]
             try:
-                _answer(settle(read_settings(file)))
+                _answer(settle(read_settings(file)), starting)
             except UserError as error:
                 sys.stderr.write(f"{file.name}: {error}\n")
             finally:
                 file.unlink(missing_ok=True)
 
 
-def _answer(config: TrainConfig) -> None:
+def _answer(config: TrainConfig, starting: float) -> None:
     """Count the memory, then time the work unless it is known, would not fit, or a run wants the device."""
     gaps = _gaps(config)
     if "memory" in gaps:
@@ -168,7 +172,8 @@ def _answer(config: TrainConfig) -> None:
     lock = locks.device_lock(device_of(config))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            _write_pace(config, probe(config, Path(folder), may_go_on=lambda: not locks.is_held(lock)))
+            seconds = probe(config, Path(folder), may_go_on=lambda: not locks.is_held(lock))
+            _write_pace(config, {**seconds, "loading": seconds["loading"] + starting})
         except Interrupted:
             return
         except (UserError, RuntimeError, MemoryError) as error:  # such as CUDA's out of memory

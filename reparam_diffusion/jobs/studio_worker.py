@@ -175,7 +175,7 @@ def _next_pictures(
         log.append(e.Warned(note))
     if is_too_long(model, recipe.prompt):
         log.append(e.Warned("The prompt is longer than this model reads; its end has no effect."))
-    seeds = _seeds_alike(request.recipes[first:], most=at_once(model, recipe.width or 0, recipe.height or 0))
+    seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
     looks = studio.looks_of(folder)
 
     def on_step(done: int, total: int) -> bool:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.models.load import quiet
 from reparam_diffusion.models.precision import pick_device
+from reparam_diffusion.models.quiet import quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image

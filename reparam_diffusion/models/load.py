@@ -1,10 +1,7 @@
-"""Loading a Stable Diffusion model (1.x, 2.x, XL) from the starter, a diffusers folder, a single file or a hub id."""
+"""A loaded Stable Diffusion model (1.x, 2.x, XL): from the starter, a diffusers folder, a single file or a hub id."""
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +12,12 @@ import torch
 from torch import nn
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.models.habits import Habits, read_habits
-from reparam_diffusion.models.precision import pick_device
-
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
-STARTER = ASSETS / "starter-model"
+from reparam_diffusion.models.folder import load_pipeline
+from reparam_diffusion.models.habits import Habits
+from reparam_diffusion.models.precision import pick_device, pick_precision
+from reparam_diffusion.models.quiet import quiet
+from reparam_diffusion.models.single_file import load_checkpoint, load_vae
+from reparam_diffusion.models.source import find_source
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -109,46 +107,46 @@ class Model:
 
 
 def load_model(
-    path_or_id: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | None = None
+    path_or_id: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    vae: str | Path = "",
+    prediction_type: str = "auto",
 ) -> Model:
     """A base model, ready to draw and to carry adapters; its weights are frozen.
 
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
-    and bf16 (or fp16) on a GPU; the VAE is fp32 always. Raises UserError when it cannot be read.
+    and bf16 (or fp16) on a GPU; the VAE is fp32 always, as half of it overflows. `vae` is a VAE to use instead of the
+    model's own, `prediction_type` overrides what was detected. Raises UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:
-        bf16 = place.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = torch.float32 if place.type != "cuda" else torch.bfloat16 if bf16 else torch.float16
-    source = STARTER if str(path_or_id) == "starter" else Path(path_or_id).expanduser()
+        dtype = pick_precision("auto", place)
+    source = find_source(path_or_id)
     with quiet():
-        pipe = _pipeline(source, str(path_or_id), dtype)
-    encoders = [pipe.text_encoder] + (
-        [pipe.text_encoder_2] if getattr(pipe, "text_encoder_2", None) is not None else []
-    )
-    tokenizers = [pipe.tokenizer] + ([pipe.tokenizer_2] if getattr(pipe, "tokenizer_2", None) is not None else [])
-    if pipe.vae.dtype != torch.float32:  # half a VAE overflows, and it runs once a picture
-        pipe.vae.to(torch.float32)
+        if source.checkpoint is not None:
+            parts = load_checkpoint(source.checkpoint, dtype)
+        else:
+            parts = load_pipeline(source, dtype)
+        if str(vae):
+            parts.vae = load_vae(Path(vae).expanduser(), source.configs)
+        if prediction_type != "auto":
+            kind = type(parts.scheduler)
+            parts.scheduler = kind.from_config(parts.scheduler.config, prediction_type=prediction_type)
     model = Model(
-        name=source.name if source.exists() else str(path_or_id),
-        unet=pipe.unet,
-        vae=pipe.vae,
-        text_encoders=encoders,
-        tokenizers=tokenizers,
-        scheduler=pipe.scheduler,
+        name=source.name,
+        unet=parts.unet,
+        vae=parts.vae,
+        text_encoders=parts.text_encoders,
+        tokenizers=parts.tokenizers,
+        scheduler=parts.scheduler,
         device=place,
         dtype=dtype,
-        habits=read_habits(source if source.is_dir() else None),
-        folder=source if source.is_dir() else None,
+        habits=source.habits,
+        folder=source.folder,
     )
-    if model.unet.config.in_channels != model.vae.config.latent_channels:
-        raise UserError(
-            f"{model.name} is an inpainting or editing model.",
-            f"Its UNet reads {model.unet.config.in_channels} channels, not {model.vae.config.latent_channels}.",
-            "Train on the plain version of the model.",
-        )
-    if source.is_file():
-        model.cast(dtype)
+    _check_channels(model)
     for module in (*model.parts.values(), model.vae):
         module.requires_grad_(False).eval().to(place)
     if place.type == "cuda":
@@ -156,116 +154,13 @@ def load_model(
     return model
 
 
-def _pipeline(source: Path, asked: str, dtype: torch.dtype) -> Any:
-    """The diffusers pipeline, whose parts we take."""
-    from diffusers import DiffusionPipeline
-    from safetensors import SafetensorError
-
-    kind = ""
-    options: dict[str, Any] = {"dtype": {"vae": torch.float32, "default": dtype}, "use_safetensors": True}
-    if source.is_file():
-        return _single_file(source)
-    if source.is_dir():
-        index = source / "model_index.json"
-        if not index.is_file():
-            raise UserError(
-                f"{source} is not a Stable Diffusion model.",
-                "It has no model_index.json.",
-                "Give a diffusers folder or a .safetensors checkpoint.",
-            )
-        kind = _kind_of(source.name, _json(index))
-        if not list((source / "unet").glob("diffusion_pytorch_model*.safetensors")):
-            raise UserError(
-                f"{source.name} has no .safetensors weights in unet/.",
-                "Pickled weights can run code and are never opened.",
-                "Get the model's safetensors version.",
-            )
-        if not (source / "unet" / "diffusion_pytorch_model.safetensors").is_file() and list(
-            (source / "unet").glob("*.fp16.safetensors")
-        ):
-            options["variant"] = "fp16"
-    elif asked.count("/") != 1 or asked.startswith((".", "/", "~")):
-        raise UserError(f'There is no model at "{asked}".', do='Check the path, or use "starter".')
-    try:
-        if not source.exists():
-            kind = _kind_of(asked, DiffusionPipeline.load_config(asked))  # before gigabytes come
-        if kind == "StableDiffusionPipeline":
-            options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return DiffusionPipeline.from_pretrained(str(source) if source.exists() else asked, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        do = (
-            "Check the path."
-            if source.exists()
-            else "Check the id and the connection, or download it and give its folder."
-        )
-        raise UserError(f'The model "{asked}" could not be loaded.', reason, do) from error
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged.", f"It is not JSON: {error}.", "Download the model again.") from None
-
-
-def _kind_of(name: str, index: Any) -> str:
-    """The pipeline's class in a model_index.json, when it is one of ours."""
-    kind = index.get("_class_name", "") if isinstance(index, dict) else ""
-    if kind not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
+def _check_channels(model: Model) -> None:
+    reads, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+    if reads != latent:
         raise UserError(
-            f"{name} is {f'a {kind}' if kind else 'no pipeline'}.", do="Give a Stable Diffusion 1.x, 2.x or XL model."
+            f"{model.name} does not go with this VAE."
+            if reads == model.unet.config.out_channels
+            else f"{model.name} is an inpainting or editing model.",
+            f"Its UNet reads {reads} channels, not {latent}.",
+            "Train on the plain version of the model.",
         )
-    return str(kind)
-
-
-def _single_file(source: Path) -> Any:
-    """A checkpoint in the original Stable Diffusion key names."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from safetensors import SafetensorError, safe_open
-
-    if source.suffix != ".safetensors":
-        raise UserError(
-            f"{source.name} is not a .safetensors file.",
-            "Pickled checkpoints can run code and are never opened.",
-            "Convert it to safetensors first.",
-        )
-    try:
-        with safe_open(str(source), "pt") as file:
-            keys = set(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{source.name} cannot be read.", str(error), "Download it again.") from None
-    if not any(key.startswith("model.diffusion_model.") for key in keys):
-        raise UserError(f"{source.name} is not a Stable Diffusion checkpoint.", "It has no UNet inside.")
-    kind = StableDiffusionXLPipeline if any(key.startswith("conditioner.") for key in keys) else StableDiffusionPipeline
-    try:
-        return kind.from_single_file(str(source), dtype=torch.float32)  # cast by the caller, the VAE stays
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{source.name} could not be loaded.",
-            f"diffusers needs the model's configuration from the hub: {str(error).strip().splitlines()[0]}",
-            "Connect once, or give the model as a diffusers folder.",
-        ) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Load without the notes that do not concern a person: torchvision is not needed here."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    level = diffusers_log.get_verbosity(), transformers_log.get_verbosity()
-    diffusers_log.set_verbosity_error()
-    transformers_log.set_verbosity_error()
-    diffusers_log.disable_progress_bar()
-    transformers_log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*torchvision.*")
-            yield
-    finally:
-        diffusers_log.set_verbosity(level[0])
-        transformers_log.set_verbosity(level[1])
-
-
-logging.getLogger("diffusers").addFilter(lambda record: "torchvision" not in record.getMessage())

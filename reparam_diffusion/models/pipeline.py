@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from reparam_diffusion.models.load import quiet
+from reparam_diffusion.models.quiet import quiet
 
 
 def pipeline_over(

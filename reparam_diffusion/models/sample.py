@@ -56,7 +56,7 @@ def draw(
     width, height = width or model.size, height or model.size
     _check(model, seeds, steps=steps, width=width, height=height)
     pictures: list[Image] = []
-    room = at_once(model, width, height)
+    room = at_once(model.device, width, height)
     with torch.no_grad():
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
         fresh = make_scheduler(model.scheduler, scheduler)
@@ -86,9 +86,9 @@ def draw(
     return pictures
 
 
-def at_once(model: Model, width: int, height: int) -> int:
+def at_once(device: torch.device, width: int, height: int) -> int:
     """How many pictures of a size are drawn side by side."""
-    room = 8 * 128 * 128 if model.device.type == "cpu" else 4 * 1024 * 1024  # pixels
+    room = 8 * 128 * 128 if device.type == "cpu" else 4 * 1024 * 1024  # pixels
     return max(1, room // (width * height))
 
 

@@ -35,7 +35,7 @@ def make_scheduler(own: Any, name: str = "") -> Any:
         raise UserError(f'There is no scheduler called "{name}".', do=f"Choose one of {', '.join(SCHEDULERS)}.")
     import diffusers
 
-    from reparam_diffusion.models.load import quiet
+    from reparam_diffusion.models.quiet import quiet
 
     kind, options = SCHEDULERS[name]
     cls = getattr(diffusers, kind)

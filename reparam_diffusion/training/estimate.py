@@ -15,14 +15,14 @@ import torch
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.outline import configs_of, outline, shape_key
+from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
-from reparam_diffusion.training.prepare import class_pictures_left, preview_prompts
+from reparam_diffusion.training.prepare import DRAWN_AT_ONCE, class_pictures_left, preview_prompts
 
 MEASURED = "measured on this machine"
 SCALED = "estimated from similar work on this machine"
@@ -98,7 +98,7 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     """
     model = outline(config.model.path)
     device = pick_device(config.model.device)
-    key = shape_key(configs_of(config.model.path))
+    key = shape_of(config.model.path)
     sites = plan_run(model, config)
     book = Book()
     left = class_pictures_left(model, config, workspace)
@@ -123,7 +123,7 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
-        min(config.prior.images, 8) if config.prior.weight else 0,
+        min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
     return Piece("peak bytes", f"{shape}, {device.type}, torch {torch.__version__}", json.dumps(settings))
 

@@ -23,10 +23,13 @@ from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.sample import at_once
 from reparam_diffusion.targets import SitePlan
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import plan_run
+from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
+from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
 from reparam_diffusion.training.ready import keep, recompute
 
 STATES = {"adamw": 2, "adam": 2, "radam": 2, "nadam": 2, "sgd": 1, "rmsprop": 1, "adafactor": 0}
@@ -104,15 +107,16 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
     parked = 0  # a GPU is left by what training does not need; on a CPU all stays
     if device != "cpu":
         parked = _bytes(model.vae) + (0 if _text_is_live(config) else sum(_bytes(e) for e in model.text_encoders))
-    drawn = min(8, config.prior.images) if config.prior.weight else 1
+    side = model.size
+    drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), side, side))
     with torch.no_grad():
         encoding = everything + max(_encode_picture(model, config), _encode_text(model))
-        drawing = everything + _draw(model, drawn)
+        drawing = everything + _draw(model, drawn if config.prior.weight else 1)
     with attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection, _recomputed(model, config):
         learned = sum(_bytes(adapter) for adapter in injection.adapters.values())
         learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
         with torch.no_grad():
-            drawing = max(drawing, everything + learned + _draw(model, 1))
+            drawing = max(drawing, everything + learned + max(_draw(model, 1), _look(model, config)))
         with _counted(*model.parts.values(), *injection.adapters.values()) as ledger:
             _step(model, config, injection)
     training = everything - parked + learned + ledger.peak
@@ -196,6 +200,14 @@ def _draw(model: Model, count: int) -> int:
     with _counted(model.vae) as decoder:
         model.vae.decode(_latents(model, model.size, 1))
     return max(ledger.peak, decoder.peak)
+
+
+def _look(model: Model, config: TrainConfig) -> int:
+    """The fixed-noise loss of one picture."""
+    count = len(TIMES)
+    with _counted(model.unet) as ledger:
+        _predict(model, _latents(model, config.data.resolution or model.size, count), _text(model, count))
+    return ledger.peak
 
 
 def _predict(model: Model, latents: Tensor, text: Encoded) -> Tensor:

@@ -26,6 +26,8 @@ from reparam_diffusion.models.habits import unseen_backgrounds
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import draw
 
+DRAWN_AT_ONCE = 8
+
 
 @dataclass
 class Material:
@@ -182,10 +184,9 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
     write_whole(place / "about.json", json.dumps(about | {"model": config.model.path}, indent=1))
-    at_once = 8
-    for start in range(0, prior.images, at_once):
+    for start in range(0, prior.images, DRAWN_AT_ONCE):
         numbers = [
-            n for n in range(start, min(start + at_once, prior.images)) if not (place / f"{n:04d}.png").is_file()
+            n for n in range(start, min(start + DRAWN_AT_ONCE, prior.images)) if not (place / f"{n:04d}.png").is_file()
         ]
         yield Prepared("class pictures", start, prior.images)
         for prompt in dict.fromkeys(prompts[n % len(prompts)] for n in numbers):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from reparam_diffusion.config import TrainConfig
@@ -19,12 +17,19 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
     dtype = dtype_of(config.model.path, precision, processes.device)
-    return load_model(config.model.path, device=processes.device, dtype=dtype), processes
+    model = load_model(
+        config.model.path,
+        device=processes.device,
+        dtype=dtype,
+        vae=config.model.vae,
+        prediction_type=config.model.prediction_type,
+    )
+    return model, processes
 
 
 def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
     """The number format that a run trains a model in; on a CPU "auto" is measured, before any weight is loaded."""
-    if precision == "auto" and device.type == "cpu" and not Path(path).is_file():
+    if precision == "auto" and device.type == "cpu":
         return faster_on_cpu(outline(path, fetch=True).unet)
     return pick_precision(precision, device)
 

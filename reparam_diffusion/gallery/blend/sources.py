@@ -15,7 +15,8 @@ from reparam_diffusion.formats.container import data_hash
 from reparam_diffusion.formats.names import Family, module_at
 from reparam_diffusion.formats.read import AdapterFile, Site, Unmatched, read_adapter
 from reparam_diffusion.gallery.blend.method import Layer
-from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.source import STARTER
 
 _BLOCKS = {"down": "unet.down_blocks.{}.*", "mid": "unet.mid_block.*", "up": "unet.up_blocks.{}.*"}
 
