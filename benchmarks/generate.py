@@ -20,8 +20,9 @@ import torch
 from benchmarks.step_time import DTYPES, build_model, seconds_of
 from reparam_diffusion.adapters.lora import LoraSpec
 from reparam_diffusion.inject import Merge
-from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.sample import draw
+from reparam_diffusion.models.source import STARTER
 from reparam_diffusion.targets import build_adapters, plan_sites
 
 TARGETS = {"unet": "attention+mlp", "te1": "attention"}
