@@ -12,17 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 
-from benchmarks.step_time import DTYPES, build_model
+from benchmarks.step_time import DTYPES, build_model, seconds_of
 from reparam_diffusion.adapters.lora import LoraSpec
 from reparam_diffusion.inject import Merge
-from reparam_diffusion.models.load import STARTER, Model, load_model
+from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.sample import draw
+from reparam_diffusion.models.source import STARTER
 from reparam_diffusion.targets import build_adapters, plan_sites
 
 TARGETS = {"unet": "attention+mlp", "te1": "attention"}
@@ -58,17 +58,6 @@ def whole_model(geometry: str, dtype: torch.dtype, device: str) -> Model:
     )
 
 
-def seconds_of(act: Callable[[], object], device: str) -> float:
-    """How long something takes on the wall."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    act()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
     """Medians in seconds by what they are of."""
     model = whole_model(arguments.geometry, DTYPES[arguments.dtype], arguments.device)
@@ -82,15 +71,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
         side = arguments.side
         draw(model, "a toy", seeds=[0], steps=arguments.steps, guidance=7.0, width=side, height=side)
 
-    def at(strength: float) -> Callable[[], object]:
-        return lambda: merge.settle([(adapters, lambda site: strength)])
+    def at(strength: float) -> Callable[[], None]:
+        def change() -> None:
+            merge.settle([(adapters, lambda site: strength)])
+
+        return change
 
     for number in range(arguments.repeats + 1):
-        row = {"base": seconds_of(picture, arguments.device)}
-        row["first merge"] = seconds_of(at(1.0), arguments.device)
-        row["merged"] = seconds_of(picture, arguments.device)
-        row["other strength"] = seconds_of(at(0.8), arguments.device)
-        row["restore"] = seconds_of(merge.restore, arguments.device)
+        row = {"base": seconds_of(picture, arguments)}
+        row["first merge"] = seconds_of(at(1.0), arguments)
+        row["merged"] = seconds_of(picture, arguments)
+        row["other strength"] = seconds_of(at(0.8), arguments)
+        row["restore"] = seconds_of(merge.restore, arguments)
         if number > 0:  # the first round warms up
             for name, seconds in row.items():
                 taken[name].append(seconds)
@@ -108,6 +100,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the one that warms up")
     parser.add_argument("--statistic", choices=("median", "min"), default="median", help="min: for a busy machine")
+    parser.add_argument(
+        "--clock", choices=("wall", "processor"), default="wall", help="processor: with one thread, for a busy machine"
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of the table")
     arguments = parser.parse_args(words)
     warnings.simplefilter("ignore")  # other libraries' notes on their own settings

@@ -132,8 +132,12 @@ def drawing_to_open(workspace: Path, wanted: str | None) -> str:
 
 
 def request_shown(tab: GenerateTab, values: Values) -> studio.Request | None:
+    """What this browser follows; None also for one that another version wrote."""
     folder = studio.find_request(tab.workspace, values[tab.drawing])
-    return studio.read_request(folder) if folder else None
+    try:
+        return studio.read_request(folder) if folder else None
+    except UserError:
+        return None
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -169,10 +173,10 @@ def _workspace_now(tab: GenerateTab) -> Sign:
 
 def _drawing_now(tab: GenerateTab, values: Values) -> Sign:
     """The request that this browser follows."""
-    folder = studio.find_request(tab.workspace, values[tab.drawing])
-    if folder is None:
+    folder, request = studio.find_request(tab.workspace, values[tab.drawing]), request_shown(tab, values)
+    if folder is None or request is None:
         return {"timer": (SELDOM, lambda: {tab.timer: gr.Timer(SELDOM)})}
-    request, state, chosen = studio.read_request(folder), tab.reader.state_of(folder), str(values[tab.chosen] or "")
+    state, chosen = tab.reader.state_of(folder), str(values[tab.chosen] or "")
     is_cancelling = studio.is_asked(folder, "cancel")
     holder = holder_of(tab) if state.state == "waiting" else None
     progress = generate_view.progress_of(request, state, is_cancelling=is_cancelling, holder=holder)

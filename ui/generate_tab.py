@@ -112,18 +112,7 @@ def _connect_adapters(tab: GenerateTab) -> None:
         row.name.input(
             guarded(choose, workspace),
             {*names, controls.prompt, controls.model},
-            [
-                controls.sweep,
-                row.name,
-                row.on,
-                row.more,
-                row.strength,
-                row.linked,
-                row.te,
-                row.words,
-                controls.prompt,
-                controls.add,
-            ],
+            [controls.prompt, controls.add, controls.sweep, *row.changing()],
             **QUIET,
         )
         row.linked.input(
@@ -142,19 +131,20 @@ def _connect_adapters(tab: GenerateTab) -> None:
     boxes = [row.box for row in controls.rows]
     controls.add.click(guarded(add, workspace), names, [*boxes, controls.add], **QUIET)
 
-    def other_model(model: str | None) -> Updates:
+    def other_model(model: str | None, negative: str | None) -> Updates:
         seen = glance_at(form.model_path(model or "", workspace))
         side = gr.update(value=seen.size, step=seen.size_step, info=f"In steps of {seen.size_step} pixels.")
         return {
             controls.steps: seen.habits.steps,
             controls.guidance: seen.habits.guidance,
-            controls.negative: seen.habits.negative,
+            controls.negative: negative or seen.habits.negative,
             controls.width: side,
             controls.height: side,
         }
 
     outputs = [controls.steps, controls.guidance, controls.negative, controls.width, controls.height]
-    controls.model.input(guarded(other_model, workspace), controls.model, outputs, **QUIET)
+    inputs = [controls.model, controls.negative]
+    controls.model.input(guarded(other_model, workspace), inputs, outputs, **QUIET)
 
 
 def _connect_drawing(tab: GenerateTab) -> None:

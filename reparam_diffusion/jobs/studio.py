@@ -131,9 +131,11 @@ def _new_folder(requests: Path) -> Path:
 
 def wake(workspace: Path, folder: Path | None = None) -> None:
     """Start the studio unless it is there; `folder` is the request that it is started for."""
-    if locks.is_held(studio_lock(workspace)):
-        return
     studio_of(workspace).mkdir(parents=True, exist_ok=True)
+    with locks.try_hold(studio_lock(workspace), patience=0.1) as is_free:  # whoever looks holds it for an instant
+        pass
+    if not is_free:
+        return
     with log_file(workspace).open("ab") as log:
         process = worker.start_detached([sys.executable, "-m", MODULE, str(workspace.resolve())], log)
     if folder is not None:

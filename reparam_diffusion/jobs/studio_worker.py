@@ -72,7 +72,7 @@ class Studio:
         """Leave an accelerator's memory to whoever holds it now."""
         if self._easel is None or self._easel.model.device.type == "cpu":
             return
-        if locks.is_held(locks.device_lock(device_name(str(self._easel.model.device)))):
+        if locks.is_held(locks.device_lock(locks.device_name(str(self._easel.model.device)))):
             self.forget()
 
 
@@ -82,14 +82,6 @@ def _model_path(model: str, workspace: Path) -> str:
         if place.exists():
             return str(place)
     return model
-
-
-def device_name(device: str) -> str:
-    """The name under which a device is locked; "auto" is the one that is picked."""
-    from reparam_diffusion.models.precision import pick_device
-
-    place = pick_device(device)
-    return place.type if place.type == "cpu" else f"{place.type}:{place.index or 0}"
 
 
 # --- one request -----------------------------------------------------------------------------------------------------
@@ -137,14 +129,14 @@ def _explained(error: Exception, kept: Studio) -> e.Failed:
 def _drawn(folder: Path, kept: Studio, log: runs.EventLog) -> Iterator[bool]:
     request = studio.read_request(folder)
     drawn: list[tuple[Image, Recipe]] = []
-    lock = locks.device_lock(device_name(request.device))
+    lock = locks.device_lock(locks.device_name(request.device))
 
     def is_over() -> bool:
         return studio.is_asked(folder, "cancel") or bool(kept.stop())
 
     while len(drawn) < len(request.recipes) and not is_over():
         with ExitStack() as held:
-            if studio.is_asked(folder, "ahead") or held.enter_context(locks.try_hold(lock)):
+            if studio.is_asked(folder, "ahead") or held.enter_context(locks.try_hold(lock, patience=0.1)):
                 drawn += _next_pictures(folder, kept, log, request, first=len(drawn), is_over=is_over)
                 got_on = True
             else:
@@ -254,7 +246,7 @@ def serve(workspace: Path, *, idle: float = IDLE, stop: Callable[[], str] = lamb
     workspace = workspace.resolve()
     kept = Studio(workspace, stop)
     while True:
-        with locks.try_hold(studio.studio_lock(workspace)) as held:
+        with locks.try_hold(studio.studio_lock(workspace), patience=1.0) as held:
             if not held:
                 return
             _serve(workspace, kept, idle=idle, stop=stop)
