@@ -327,3 +327,11 @@ def test_a_model_that_is_not_there_is_told_in_a_sentence(tmp_path: Path) -> None
     (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(UserError, match=r"config\.json is missing"):
         outline(tmp_path)
+
+
+def test_the_book_stays_short_and_keeps_the_newest(tmp_path: Path) -> None:
+    book = Book(tmp_path / "book.jsonl")
+    rows = {Piece("step", "here", "x" * 400, float(number)): 1.0 for number in range(3000)}
+    book.write(rows)
+    assert book.file.stat().st_size < 1_000_000
+    assert list(book.read()) == list(rows)[1500:]

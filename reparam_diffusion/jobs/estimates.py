@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,19 +64,15 @@ def remember(folder: Path) -> None:
     started = next((event for event in reversed(events) if isinstance(event, e.Started)), None)
     if started is None:
         return
+    pieces = _pieces(config, torch.get_num_threads())
     seconds = seconds_of(events, looked_at=_looked_at(folder, started.pictures))
-    _write_pace(config, seconds)
+    Book().write({pieces[unit]: value for unit, value in seconds.items()})
 
 
 def _looked_at(folder: Path, trained: int) -> int:
     """How many pictures gave a run's fixed-noise loss: those held out, else those trained."""
     every = len(json.loads((folder / "pictures.json").read_text(encoding="utf-8")))
     return min(every - trained or trained, MOST_LOOKED_AT)
-
-
-def _write_pace(config: TrainConfig, seconds: Mapping[Unit, float]) -> None:
-    pieces = _pieces(config, torch.get_num_threads())
-    Book().write({pieces[unit]: value for unit, value in seconds.items()})
 
 
 def _pieces(config: TrainConfig, threads: int) -> dict[Unit, Piece]:
@@ -121,24 +117,22 @@ def _lock() -> Path:
     return cache_file("estimates.lock")
 
 
-def _gaps(config: TrainConfig) -> list[str]:
-    """What can be found out now: "memory", "pace" unless the device is taken; what failed before is no gap."""
+def _gaps(config: TrainConfig) -> dict[str, Piece]:
+    """What can be found out now: "memory", and "pace" unless the device is taken. What failed before is no gap."""
     known = Book().read()
-    step = _pieces(config, threads())["step"]
-    peak = _memory_of(config)
-    gaps = [] if peak in known else ["memory"]
-    if step not in known and _failed(step) not in known and not locks.is_held(locks.device_lock(device_of(config))):
-        gaps.append("pace")
-    return gaps
+    wanted = {"memory": _memory_of(config)}
+    if not locks.is_held(locks.device_lock(device_of(config))):
+        wanted["pace"] = _pieces(config, threads())["step"]
+    return {gap: piece for gap, piece in wanted.items() if piece not in known and _failed(piece) not in known}
 
 
 def _memory_of(config: TrainConfig) -> Piece:
     return memory_piece(shape_of(config.model.path), config, pick_device(config.model.device))
 
 
-def _failed(step: Piece) -> Piece:
-    """The note that timing a step has failed."""
-    return replace(step, unit="failed")
+def _failed(piece: Piece) -> Piece:
+    """The note that finding this out has failed."""
+    return replace(piece, unit=f"{piece.unit}, failed")
 
 
 def serve() -> None:
@@ -151,34 +145,32 @@ def serve() -> None:
             file = waiting[-1]
             try:
                 _answer(settle(read_settings(file)), starting)
-            except UserError as error:
-                sys.stderr.write(f"{file.name}: {error}\n")
             finally:
                 file.unlink(missing_ok=True)
 
 
 def _answer(config: TrainConfig, starting: float) -> None:
-    """Count the memory, then time the work unless it is known, would not fit, or a run wants the device."""
-    gaps = _gaps(config)
-    if "memory" in gaps:
-        Book().write({_memory_of(config): _count(config)})
-    if "pace" not in gaps:
-        return
-    step = _pieces(config, torch.get_num_threads())["step"]
-    device = pick_device(config.model.device)
-    if device.type == "cpu" and Book().read()[_memory_of(config)] > LEFT_FREE * psutil.virtual_memory().available:
-        Book().write({_failed(step): 1.0})
-        return
-    lock = locks.device_lock(device_of(config))
-    with tempfile.TemporaryDirectory() as folder:
+    """Count the memory and time the work, where that is not known; a run that wants the device goes first."""
+    for gap, piece in _gaps(config).items():
         try:
-            seconds = probe(config, Path(folder), may_go_on=lambda: not locks.is_held(lock))
-            _write_pace(config, {**seconds, "loading": seconds["loading"] + starting})
+            Book().write({piece: _count(config)} if gap == "memory" else _time(config, starting))
         except Interrupted:
             return
         except (UserError, RuntimeError, MemoryError) as error:  # such as CUDA's out of memory
             sys.stderr.write(f"{error}\n")
-            Book().write({_failed(step): 1.0})
+            Book().write({_failed(piece): 1.0})
+
+
+def _time(config: TrainConfig, starting: float) -> dict[Piece, float]:
+    """Seconds of the run's pieces of work. Raises UserError where the memory is not enough to try."""
+    peak = Book().read().get(_memory_of(config), 0.0)
+    if pick_device(config.model.device).type == "cpu" and peak > LEFT_FREE * psutil.virtual_memory().available:
+        raise UserError("There is not enough memory to time this run.", f"It needs {peak / 1e9:.1f} GB.")
+    lock = locks.device_lock(device_of(config))
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = probe(config, Path(folder), may_go_on=lambda: not locks.is_held(lock))
+    pieces = _pieces(config, torch.get_num_threads())
+    return {pieces[unit]: value + (starting if unit == "loading" else 0.0) for unit, value in seconds.items()}
 
 
 def _count(config: TrainConfig) -> int:

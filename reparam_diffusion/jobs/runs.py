@@ -65,12 +65,15 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
         absolute: str | list[str] = str(Path(images).expanduser().resolve()) if images else ""
     else:
         absolute = [str(Path(image).expanduser().resolve()) for image in images]
-    model = Path(config.model.path).expanduser()
-    is_folder = config.model.path != "starter" and model.exists()
+    model = {
+        name: str(Path(path).expanduser().resolve())
+        for name, path in (("path", config.model.path), ("vae", config.model.vae))
+        if path not in ("", "starter") and Path(path).expanduser().exists()
+    }
     return config.model_copy(
         update={
             "data": config.data.model_copy(update={"images": absolute}),
-            "model": config.model.model_copy(update={"path": str(model.resolve())}) if is_folder else config.model,
+            "model": config.model.model_copy(update=model),
         }
     )
 

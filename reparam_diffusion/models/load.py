@@ -155,12 +155,11 @@ def load_model(
 
 
 def _check_channels(model: Model) -> None:
+    """Raise UserError for a UNet that reads something else than the VAE's latents."""
     reads, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+    why = f"Its UNet reads {reads} channels, not {latent}."
+    if reads != latent == model.unet.config.out_channels:
+        do = "Train on the plain version of the model."
+        raise UserError(f"{model.name} is an inpainting or editing model.", why, do)
     if reads != latent:
-        raise UserError(
-            f"{model.name} does not go with this VAE."
-            if reads == model.unet.config.out_channels
-            else f"{model.name} is an inpainting or editing model.",
-            f"Its UNet reads {reads} channels, not {latent}.",
-            "Train on the plain version of the model.",
-        )
+        raise UserError(f"{model.name} does not go with this VAE.", why, "Choose one of its family.", place="model.vae")

@@ -95,8 +95,8 @@ def _hub_configs(asked: str, *, fetch: bool) -> Path:
 
     try:
         return Path(snapshot_download(asked, allow_patterns=list(_CONFIGS), local_files_only=not fetch))
-    except LocalEntryNotFoundError as error:
-        reason = str(error).strip().splitlines()[0]
+    except LocalEntryNotFoundError:
+        reason = "It was not downloaded before, and the hub is out of reach."
         what = f'The model "{asked}" is not on this machine.'
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]

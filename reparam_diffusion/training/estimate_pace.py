@@ -18,6 +18,7 @@ import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.files import beside
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import cache_file, processor_name
 
@@ -26,6 +27,8 @@ Unit = Literal["loading", "latents", "captions", "class picture", "preview", "st
 _PHASES: dict[str, Unit] = {"latents": "latents", "captions": "captions", "class pictures": "class picture"}
 FOUND_BELOW = 0.003
 """Seconds for one item below which it was not made but found in a cache."""
+_MOST_BYTES = 1_000_000
+"""Size of the book at which its older half goes."""
 _WARM_UP = 3
 """First steps of a run that are slower than the rest."""
 
@@ -67,11 +70,14 @@ class Book:
 
     def write(self, rows: Mapping[Piece, float]) -> None:
         """Keep these measurements. Where nothing can be written they are taken anew, nothing else."""
-        lines = [json.dumps({**asdict(piece), "value": value}) for piece, value in rows.items()]
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as book:
-                book.write("".join(f"{line}\n" for line in lines))
+                book.write(_lines(rows))
+            if self.file.stat().st_size > _MOST_BYTES:  # the older half goes
+                known = list(self.read().items())
+                with beside(self.file) as hidden:
+                    hidden.write_text(_lines(dict(known[len(known) // 2 :])), encoding="utf-8")
         except OSError:
             return
 
@@ -87,6 +93,10 @@ class Book:
         return Pace(scaled({other.amount: value for other, value in same.items()}, piece.amount), False)
 
 
+def _lines(rows: Mapping[Piece, float]) -> str:
+    return "".join(json.dumps({**asdict(piece), "value": value}) + "\n" for piece, value in rows.items())
+
+
 @lru_cache(maxsize=4)
 def _read(file: Path, changed: int, size: int) -> Mapping[Piece, float]:
     """What the file held when it was changed and as large as that."""
@@ -95,7 +105,9 @@ def _read(file: Path, changed: int, size: int) -> Mapping[Piece, float]:
         try:
             row = json.loads(line)
             value = float(row.pop("value"))
-            known[Piece(**row)] = value
+            piece = Piece(**row)
+            known.pop(piece, None)  # the newest comes last
+            known[piece] = value
         except (ValueError, TypeError, KeyError, AttributeError):  # torn, or of another version
             continue
     return known

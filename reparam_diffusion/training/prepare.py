@@ -153,7 +153,9 @@ def about_class(model: Model, config: TrainConfig) -> dict[str, Any]:
     template = prior.prompt or habits.class_prompt
     backgrounds = habits.backgrounds if "{background}" in template else [""]
     word = config.data.class_word or "thing"
+    path = Path(config.model.path).expanduser()
     return {
+        "model": str(path.resolve()) if path.exists() else config.model.path,
         "prompts": [fill(template, trigger="", class_word=word, background=name) for name in backgrounds or [""]],
         "steps": prior.steps or habits.steps,
         "size": model.size,
@@ -164,7 +166,7 @@ def class_pictures_left(model: Model, config: TrainConfig, workspace: Path) -> i
     """How many class pictures a run would have to draw; `model` may be an outline."""
     if not config.prior.weight:
         return 0
-    about = about_class(model, config) | {"model": config.model.path}
+    about = about_class(model, config)
     places = [file.parent for file in (workspace / ".cache" / "class").glob("*/about.json") if _json(file) == about]
     wanted = [f"{number:04d}.png" for number in range(config.prior.images)]
     return min((sum(not (place / name).is_file() for name in wanted) for place in places), default=len(wanted))
@@ -183,7 +185,7 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     prompts, steps = about["prompts"], about["steps"]
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    write_whole(place / "about.json", json.dumps(about | {"model": config.model.path}, indent=1))
+    write_whole(place / "about.json", json.dumps(about, indent=1))
     for start in range(0, prior.images, DRAWN_AT_ONCE):
         numbers = [
             n for n in range(start, min(start + DRAWN_AT_ONCE, prior.images)) if not (place / f"{n:04d}.png").is_file()
