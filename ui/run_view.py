@@ -136,6 +136,7 @@ def _connect(workspace: Path, view: RunView) -> None:
 
 
 REMEMBER_IN_ADDRESS = """(run) => {
+  if (!document.body.dataset.opened) return;  // nobody has chosen it, the page shows it by itself
   const address = new URL(window.location);
   if (run) address.searchParams.set("run", run); else address.searchParams.delete("run");
   window.history.replaceState(null, "", address);
