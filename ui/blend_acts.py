@@ -11,6 +11,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.models.sample import finite
 
 Values = Mapping[str, Any]
 """What the form shows, by name. Any: each control has its own type."""
@@ -42,6 +43,21 @@ SHOWN: dict[str, frozenset[str]] = {
 """Which controls a work needs."""
 ROWS = {"blend": 4, "bake": 4, "compare": 2, "convert": 1, "export": 1, "doctor": 1, "extract": 0}
 """How many adapters a work takes at the most."""
+
+
+WEIGHED = ("blend", "convert", "bake")
+"""Works in which the strengths count."""
+
+
+def row_of(name: str | None, strength: float | None, text: str | None, blocks: str | None) -> Row:
+    """One adapter of the form. Raises UserError for a text encoder's strength that is no number."""
+    text = (text or "").strip()
+    try:
+        return name or "", strength, finite(text) if text else None, blocks or ""
+    except ValueError:
+        raise UserError(
+            f'The text encoder\'s strength "{text}" is no number.', do="Write one such as 0.5, or leave it empty."
+        ) from None
 
 
 def arguments_of(workspace: Path, values: Values, rows: Sequence[Row], *, now: datetime.datetime) -> list[str]:

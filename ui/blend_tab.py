@@ -26,6 +26,8 @@ from ui.generate_form import adapter_choices, model_choices
 Updates = dict[Any, Any]
 """What a handler changes, by control. Any: gradio's components and updates."""
 OFTEN, SELDOM = 1.0, 6.0  # seconds
+FIRST_ROWS = 2
+"""Places for adapters at first; another one comes with each that is filled."""
 NOTHING = '<p class="quiet empty">Choose adapters and what to do with them. What it loses, and where, is told here.</p>'
 KINDS = [
     ("Exact", "exact"), ("LoRA", "lora"), ("LoKr", "lokr"), ("LoHa", "loha"), ("AdaLoRA", "adalora"), ("OFT", "oft"),
@@ -86,7 +88,7 @@ def _draw_rows(
     lines: list[gr.Row] = []
     with gr.Column() as groups["rows"]:
         for number in range(1, acts.ROWS["blend"] + 1):
-            with gr.Row(elem_classes="source") as line:
+            with gr.Row(elem_classes="source", visible=number <= FIRST_ROWS) as line:
                 name = gr.Dropdown(
                     adapter_choices(workspace),
                     value="",
@@ -96,7 +98,7 @@ def _draw_rows(
                     min_width=180,
                 )
                 strength = gr.Number(1.0, label="Strength", step=0.1, scale=1, min_width=80)
-                text = gr.Number(None, label="Text encoder", step=0.1, scale=1, min_width=80, placeholder="same")
+                text = gr.Textbox("", label="Text", placeholder="same", max_lines=1, scale=1, min_width=80)
                 blocks = gr.Textbox("", label="Blocks", placeholder="mid=0.5", max_lines=1, scale=2, min_width=90)
             rows.append([name, strength, text, blocks])
             lines.append(line)
@@ -108,13 +110,18 @@ def _draw_method(fields: dict[str, gr.components.Component], groups: dict[str, g
     options: dict[str, gr.Row] = {}
     form = Form()
     with gr.Column() as groups["method"]:
-        methods = [(f"{method.title}: {method.summary}", name) for name, method in BLENDS.items()]
-        fields["method"] = gr.Dropdown(methods, value="sum", label="Method", elem_id="blend-method")
+        methods = [(method.title, name) for name, method in BLENDS.items()]
+        fields["method"] = gr.Dropdown(methods, value="sum", label="Method", info=_about("sum"), elem_id="blend-method")
         for name, method in BLENDS.items():
             with gr.Row(visible=name == "sum", elem_classes="options") as options[name]:
                 form.add(method.options(), name)
     fields.update(form.controls)
     return options
+
+
+def _about(method: str) -> str:
+    chosen = BLENDS[method]
+    return f"{chosen.summary} {chosen.paper}".strip()
 
 
 def _draw_result(workspace: Path, fields: dict[str, gr.components.Component], groups: dict[str, gr.Column]) -> None:
@@ -157,21 +164,34 @@ def _connect(workspace: Path, tab: BlendTab) -> None:
     def choose_work(name: str) -> Updates:
         shown = acts.SHOWN[name]
         updates: Updates = {group: gr.update(visible=key in shown) for key, group in tab.groups.items()}
-        updates |= {row: gr.update(visible=n < acts.ROWS[name]) for n, row in enumerate(tab.row_groups)}
+        updates |= {
+            row: gr.update(visible=n < min(acts.ROWS[name], FIRST_ROWS)) for n, row in enumerate(tab.row_groups)
+        }
+        is_weighed = name in acts.WEIGHED
+        updates |= {control: gr.update(visible=is_weighed) for row in tab.rows for control in row[1:]}
         return {**updates, tab.press: gr.update(value=acts.BUTTONS[name])}
 
     def choose_method(name: str) -> Updates:
-        return {row: gr.update(visible=key == name) for key, row in tab.options.items()}
+        updates: Updates = {row: gr.update(visible=key == name) for key, row in tab.options.items()}
+        return {**updates, method: gr.update(info=_about(name))}
 
-    work.input(guarded(choose_work, workspace), work, [*tab.groups.values(), *tab.row_groups, tab.press], **QUIET)
-    method.input(guarded(choose_method, workspace), method, [*tab.options.values()], **QUIET)
+    def make_room(values: Mapping[Any, Any]) -> Updates:
+        filled = [n for n, row in enumerate(tab.rows) if values[row[0]]]
+        most = min(acts.ROWS[values[work]], max(FIRST_ROWS, max(filled, default=0) + 2))
+        return {line: gr.update(visible=n < most) for n, line in enumerate(tab.row_groups)}
+
+    controls = [control for row in tab.rows for control in row]
+    outputs = [*tab.groups.values(), *tab.row_groups, *controls, tab.press]
+    work.input(guarded(choose_work, workspace), work, outputs, **QUIET)
+    method.input(guarded(choose_method, workspace), method, [*tab.options.values(), method], **QUIET)
+    gr.on([row[0].input for row in tab.rows], guarded(make_room, workspace), {work, *controls}, tab.row_groups, **QUIET)
 
     changing = [tab.result, tab.cancel, tab.folder, tab.shown, tab.timer]
-    inputs = {*tab.fields.values(), *(control for row in tab.rows for control in row)}
+    inputs = {*tab.fields.values(), *controls}
 
     def start(values: Mapping[Any, Any]) -> Updates:
         shown = {name: values[control] for name, control in tab.fields.items()}
-        rows = [(values[a] or "", values[b], values[c], values[d] or "") for a, b, c, d in tab.rows]
+        rows = [acts.row_of(values[a], values[b], values[c], values[d]) for a, b, c, d in tab.rows]
         now = datetime.datetime.now()
         folder = workshop.submit(workspace, acts.arguments_of(workspace, shown, rows, now=now), now=now)
         return {**look(workspace, tab, folder.name, ""), tab.folder: folder.name}
