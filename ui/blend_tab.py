@@ -124,6 +124,11 @@ def _about(method: str) -> str:
     return f"{chosen.summary} {chosen.paper}".strip()
 
 
+def _for_whom(target: str) -> str:
+    told = TARGETS[target].partition(":")[2].strip()
+    return f"{told[0].upper()}{told[1:]}"
+
+
 def _draw_result(workspace: Path, fields: dict[str, gr.components.Component], groups: dict[str, gr.Column]) -> None:
     """What the result is to be: its form, its name, its numbers; and what single works need."""
     form = Form()
@@ -135,8 +140,8 @@ def _draw_result(workspace: Path, fields: dict[str, gr.components.Component], gr
             form.add(ResultForm(), "form", ["rank", "energy", "megabytes", "factor", "block_size"])
     fields.update({place.removeprefix("form."): control for place, control in form.controls.items()})
     with gr.Column(visible=False) as groups["target"]:
-        targets = [(about, name) for name, about in TARGETS.items()]
-        fields["target"] = gr.Dropdown(targets, value="a1111", label="For")
+        targets = [(about.partition(":")[0], name) for name, about in TARGETS.items()]
+        fields["target"] = gr.Dropdown(targets, value="a1111", label="For", info=_for_whom("a1111"))
     with gr.Column(visible=False) as groups["strip"]:
         fields["strip"] = gr.Checkbox(False, label="Leave out paths, captions and everything private")
     with gr.Column(visible=False) as groups["tuned"]:
@@ -180,6 +185,8 @@ def _connect(workspace: Path, tab: BlendTab) -> None:
         most = min(acts.ROWS[values[work]], max(FIRST_ROWS, max(filled, default=0) + 2))
         return {line: gr.update(visible=n < most) for n, line in enumerate(tab.row_groups)}
 
+    target = tab.fields["target"]
+    target.input(guarded(lambda name: gr.update(info=_for_whom(name)), workspace), target, target, **QUIET)
     controls = [control for row in tab.rows for control in row]
     outputs = [*tab.groups.values(), *tab.row_groups, *controls, tab.press]
     work.input(guarded(choose_work, workspace), work, outputs, **QUIET)
