@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         theme=make_theme(),
         css_paths=STYLES,
         max_file_size=LARGEST_FILE,
-        footer_links=["settings"],
+        footer_links=[],
         enable_monitoring=False,
         show_error=False,
     )

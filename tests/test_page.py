@@ -83,6 +83,12 @@ def test_an_example_trains_from_one_click_through_a_reload_to_before_and_after(o
         page.get_by_role("link", name="Download sks-toy-lora.safetensors").click()
     assert Path(download.value.path()).stat().st_size > 10_000
     only_pictures_and_adapters_are_served(served)
+    run = next((served.workspace / "runs").iterdir())
+    assert (run / "samples/000000-0.png").read_bytes() != (run / "samples/000004-0.png").read_bytes()
+    page.locator("#try-run").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("sks toy"))
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.locator("#figures img").first).to_be_visible()
 
 
 def only_pictures_and_adapters_are_served(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
@@ -125,6 +126,10 @@ def test_a_saved_preset_keeps_everything_but_what_belongs_to_one_run(tmp_path: P
     back = starting.settled(tmp_path, name, "style", "lora")
     assert (back.adapter, back.data.flip) == (config.adapter, True)
     assert (back.data.images, back.data.trigger, back.output.name) == ("", "", "")
+    binned = presets.remove(name, tmp_path)
+    assert binned.is_file() and name not in dict(presets.choices(tmp_path)).values()
+    with pytest.raises(UserError, match="comes with the program"):
+        presets.remove("quick", tmp_path)
     for hostile in ("mine/../../etc/passwd", "mine/", "mine/nothing"):
         with pytest.raises(UserError, match="gone"):
             presets.layers(hostile, tmp_path, kind="subject", method="lora")
@@ -200,9 +205,34 @@ def test_a_draft_outlives_the_page_with_its_captions_and_refusals(tmp_path: Path
     assert len(list(folder.glob("*.png"))) == 5 and len(list(folder.glob("*.txt"))) == 4
 
 
+def test_many_hands_lose_no_caption_and_the_describer_overwrites_none(tmp_path: Path) -> None:
+    name = drafts.keep(datasets.example_sets()[0], tmp_path)
+    names = [picture.path.name for picture in drafts.known(name, tmp_path).pictures]
+    hands = [threading.Thread(target=drafts.set_caption, args=[name, tmp_path, one, f"a {one}"]) for one in names]
+    for hand in hands:
+        hand.start()
+    for hand in hands:
+        hand.join()
+    assert [picture.caption for picture in drafts.known(name, tmp_path).pictures] == [f"a {one}" for one in names]
+    drafts.set_caption(name, tmp_path, names[0], "described", only_empty=True)
+    assert drafts.known(name, tmp_path).pictures[0].caption == f"a {names[0]}"
+
+
+def test_one_set_added_by_many_at_once_is_whole_and_kept_once(tmp_path: Path) -> None:
+    teddy = datasets.example_sets()[0]
+    made: list[Path] = []
+    hands = [threading.Thread(target=lambda: made.append(datasets.add_dataset(teddy, tmp_path))) for _ in range(6)]
+    for hand in hands:
+        hand.start()
+    for hand in hands:
+        hand.join()
+    assert len(made) == 6 and len(set(made)) == 1
+    assert len(list(made[0].glob("*.png"))) == 6
+
+
 def test_a_draft_is_found_by_its_own_name_only_and_forgotten_after_a_week(tmp_path: Path) -> None:
     name = drafts.keep(datasets.example_sets()[0], tmp_path)
-    for hostile in ("../" + name, "..", "", None, name.upper() + "/..", "0" * 16):
+    for hostile in ("../" + name, "..", "", None, name.upper() + "/..", "0" * 16, 7):
         assert drafts.read(hostile, tmp_path) is None
     with pytest.raises(UserError, match="no picture called"):
         drafts.set_caption(name, tmp_path, "../draft.json", "x")
@@ -236,7 +266,7 @@ def test_names_and_messages_are_escaped() -> None:
         run_fragments.progress_of("run", state, ""),
         run_fragments.pairs_of(Path("/nowhere"), state.samples, is_live=True),
         run_fragments.ranks_of({evil: 1, "b": 2}),
-        run_fragments.list_of([(Path(evil.replace("/", "")), state)], None),
+        run_fragments.list_of([(Path(evil.replace("/", "")), state)], None, most=9),
     ):
         assert "<script>" not in html
         assert "&lt;script&gt;" in html

@@ -126,12 +126,34 @@ def test_many_hands_at_once_lose_nobody(workspace: Path, served: Serve) -> None:
         queue.clear(workspace)
 
 
-def test_a_damaged_queue_is_told_and_not_overwritten(workspace: Path) -> None:
-    folder = new_run(workspace)
+def test_a_damaged_queue_is_put_aside_and_holds_nobody_up(workspace: Path, served: Serve) -> None:
+    folder = new_run(workspace, steps=2)
     runs.queue_file(workspace).write_text("{half")
-    with pytest.raises(UserError, match="queue cannot be read"):
-        queue.submit(folder)
-    assert runs.queue_file(workspace).read_text() == "{half"
+    assert states(folder) == ["created"]
+    assert (workspace / "queue.damaged.json").read_text() == "{half"
+    queue.submit(folder)
+    wait_for(lambda: states(folder) == ["finished"])
+
+
+def test_two_hands_resume_a_run_once(workspace: Path, served: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = new_run(workspace, steps=300)
+    answers: list[object] = []
+
+    def press() -> None:
+        try:
+            answers.append(queue.submit(folder))
+        except UserError as error:
+            answers.append(str(error))
+
+    hands = [threading.Thread(target=press) for _ in range(4)]
+    for hand in hands:
+        hand.start()
+    for hand in hands:
+        hand.join()
+    assert answers.count(True) == 1 and sum("already" in str(answer) for answer in answers) == 3
+    assert queue.waiting(workspace) == []
+    queue.stop(folder)
+    wait_for(lambda: states(folder) == ["stopped"])
 
 
 def test_the_dispatcher_is_a_process_that_outlives_who_asked_and_ends_by_itself(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from reparam_diffusion.adapters import METHODS
-from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.config import ModelSettings, TrainConfig, read_settings, settle, to_toml
 from reparam_diffusion.jobs import presets
 from reparam_diffusion.models.known import known_models
 from ui import starting
@@ -28,7 +29,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Keep the class": ("prior", ()),
     "Layers": ("targets", ()),
     "Previews and file": ("output", ()),
-    "Base model": ("model", ("precision", "device", "clip_skip")),
+    "Base model": ("model", tuple(name for name in ModelSettings.model_fields if name != "path")),
 }  # fmt: skip
 """Title -> group of settings, and which of them (all when empty)."""
 
@@ -51,6 +52,7 @@ class Advanced:
     groups: dict[str, gr.Column]
     preset_name: gr.Textbox
     save_preset: gr.Button
+    delete_preset: gr.Button
     settings_file: gr.UploadButton
     take_file: gr.Button
     file_text: gr.Textbox
@@ -85,10 +87,11 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
                 elem_id="preset-name",
             )
             save = gr.Button("Save as preset", min_width=120)
+            delete = gr.Button("Delete this preset", min_width=140)
             load = gr.UploadButton("Open a settings file", file_types=[".toml"], min_width=150)
             take = gr.Button("Download these settings", min_width=170)
             text = gr.Textbox(visible=False)
-    return Advanced(panel, tabs, groups, name, save, load, take, text)
+    return Advanced(panel, tabs, groups, name, save, delete, load, take, text)
 
 
 def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
@@ -106,8 +109,15 @@ def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
 def saved(workspace: Path, settings: Mapping[str, Any], title: str) -> dict[str, Any]:
     """Keep what the form shows as a preset; the update of the list of presets. Any: gradio's updates."""
     name = presets.save(settle(starting.layer_of(settings)), workspace, title=title)
-    gr.Info(f"Saved. Choose “{title.strip()} (yours)” to start from it.")
+    gr.Info(f"Saved. Choose “{escape(title.strip())} (yours)” to start from it.")
     return gr.update(choices=presets.choices(workspace), value=name)
+
+
+def deleted(workspace: Path, name: str) -> dict[str, Any]:
+    """Move a preset to the bin; the update of the list of presets. Any: gradio's updates."""
+    place = presets.remove(name, workspace)
+    gr.Info(f"Moved to {escape(str(place.relative_to(workspace)))}.")
+    return gr.update(choices=presets.choices(workspace), value=presets.FIRST)
 
 
 def as_file(settings: Mapping[str, Any]) -> str:

@@ -117,5 +117,5 @@ def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
 
 
 def timer() -> gr.Timer:
-    """Looks again while something is being found out."""
-    return gr.Timer(LOOK_AGAIN, active=False)
+    """Looks soon after the page has opened, and again while something is being found out."""
+    return gr.Timer(LOOK_AGAIN)

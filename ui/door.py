@@ -6,6 +6,7 @@ import html
 import logging
 from collections.abc import Callable
 from functools import wraps
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,7 +29,7 @@ def page_log(workspace: Path) -> Path:
 def open_log(workspace: Path) -> None:
     """Send the page's errors to the workspace's page.log."""
     workspace.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(page_log(workspace), encoding="utf-8", delay=True)
+    handler = RotatingFileHandler(page_log(workspace), encoding="utf-8", delay=True, maxBytes=10**6, backupCount=1)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     LOG.addHandler(handler)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,29 @@ def connect_describing(workspace: Path, pictures: Pictures, captions: Captions) 
         captioner.start(workspace, draft or "", model)
         return ["Loading the model that describes pictures.", gr.Timer(active=True)]
 
-    def see(draft: str | None) -> list[Any]:
+    def see(draft: str | None, told: str) -> list[Any]:
+        now, timer = describing_now(workspace, draft)
+        if now == told:  # nothing new: what is being typed stays
+            return [gr.skip(), gr.skip(), gr.skip(), timer]
         _, strip, _, rows = show_draft(workspace, draft)
-        progress = captioner.progress_of(workspace, draft or "")
-        if progress is None:
-            return [strip, rows, "", gr.Timer(active=False)]
-        is_over = progress.trouble or (progress.done and progress.done == progress.total)
-        return [strip, rows, described(progress), gr.Timer(active=not is_over)]
+        return [strip, rows, now, timer]
 
     captions.describe.click(
         guarded(start, workspace), [pictures.draft, captions.model], [captions.told, captions.timer], **QUIET
     )
-    captions.timer.tick(guarded(see, workspace), pictures.draft, shown, **QUIET)
+    captions.timer.tick(guarded(see, workspace), [pictures.draft, captions.told], shown, **QUIET)
+
+
+def describing_now(workspace: Path, draft: str | None) -> tuple[str, gr.Timer]:
+    """What is told of a draft's describer, and a timer that ticks for as long as it lives."""
+    progress = captioner.progress_of(workspace, draft or "")
+    if progress is None:
+        return "", gr.Timer(active=False)
+    is_over = bool(progress.trouble) or (progress.done > 0 and progress.done == progress.total)
+    is_alive = captioner.is_at_work(workspace, draft or "")
+    if not is_over and not is_alive and not captioner.is_starting(workspace, draft or ""):
+        progress = replace(progress, trouble="The describer ended without a word. Start it again.")
+    return described(progress), gr.Timer(active=not (is_over or progress.trouble))
 
 
 def described(progress: captioner.Progress) -> str:

@@ -44,7 +44,8 @@ def _rate_plot(state: RunState) -> str:
         return ""
     highest = max(rate for _, rate in rates) or 1.0
     told = f"Learning rate, now {rates[-1][1]:.2g}"
-    return f"<details><summary>{told}</summary>{_drawing(told, [('mean', rates)], state.steps, highest)}</details>"
+    lines = [("mean", rates)]
+    return f'<details data-name="rate"><summary>{told}</summary>{_drawing(told, lines, state.steps, highest)}</details>'
 
 
 def _drawing(told: str, lines: Sequence[tuple[str, Points]], steps: int, highest: float) -> str:

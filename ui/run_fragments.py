@@ -29,7 +29,6 @@ PHASES = {
     "captions": "reading the captions",
     "class pictures": "drawing class pictures",
 }
-STALE_SECONDS = 3.0
 
 SCRUB = """
 const show = () => {
@@ -52,6 +51,18 @@ show();
 """
 """The slider over the steps works in the browser alone; at its right end it follows new pictures."""
 
+STAY_OPEN = """
+const opened = new Set();
+element.addEventListener("toggle", (event) => {
+  const name = event.target.dataset.name;
+  if (name && event.target.open) opened.add(name); else opened.delete(name);
+}, true);
+watch("value", () => element.querySelectorAll("details[data-name]").forEach((one) => {
+  if (opened.has(one.dataset.name)) one.open = true;
+}));
+"""
+"""What a person has unfolded stays so when the page tells something new."""
+
 TICK = """
 setInterval(() => {
   const clock = element.querySelector("[data-since]");
@@ -72,20 +83,31 @@ element.addEventListener("click", (event) => {
 
 
 # --- the list --------------------------------------------------------------------------------------------------------
-def list_of(rows: Sequence[tuple[Path, RunState]], chosen: str | None) -> str:
-    """Every run with its state; those that wait can be moved and taken out."""
+def sign_of(folder: Path, state: RunState) -> tuple[str, str, int, int, int]:
+    """What a run's item shows, in short."""
+    return folder.name, state.state, _percent(state), state.place, len(state.samples)
+
+
+def _percent(state: RunState) -> int:
+    return int(100 * state.step / state.steps) if state.steps else 0
+
+
+def list_of(rows: Sequence[tuple[Path, RunState]], chosen: str | None, *, most: int) -> str:
+    """The newest runs with their states; those that wait can be moved and taken out."""
     if not rows:
         return '<p class="quiet empty">No run yet. Start one under “Train”.</p>'
     waiting = sum(state.place > 0 for _, state in rows)
-    items = "".join(_item(folder, state, folder.name == chosen, waiting) for folder, state in rows)
+    items = "".join(_item(folder, state, folder.name == chosen, waiting) for folder, state in rows[:most])
     clear = '<button type="button" class="small" data-run="" data-act="clear">Empty the queue</button>'
-    return f'<ul class="run-list">{items}</ul>' + (clear if waiting > 1 else "")
+    more = '<button type="button" class="small" data-run="" data-act="more">Show older runs</button>'
+    return f'<ul class="run-list">{items}</ul>' + (more if len(rows) > most else "") + (clear if waiting > 1 else "")
 
 
 def _item(folder: Path, state: RunState, is_chosen: bool, waiting: int) -> str:
     words, when = label_of(folder.name)
-    percent = int(100 * state.step / state.steps) if state.steps else 0
-    note = f"{percent} %" if state.state in ("running", "paused", "lost", "stopped") and percent else when
+    percent = _percent(state)
+    is_partly = state.state in ("running", "paused", "lost", "stopped") and percent
+    note = f"{percent} %, {when}" if is_partly else when
     current = ' aria-current="true"' if is_chosen else ""
     item = (
         f'<button type="button" class="run-item" data-run="{escape(folder.name)}"{current}>{_picture(folder, state)}'
@@ -135,8 +157,9 @@ def progress_of(name: str, state: RunState, request: str) -> str:
     share = min(1.0, done / total) if total else 0.0
     step = f"Step {state.step} of {state.steps}" if state.steps else _phase_words(state)
     since = f'<span class="quiet" data-since="{state.last_step_at:.0f}"></span>' if _is_stepping(state) else ""
+    words, when = label_of(name)
     return (
-        f'<div class="progress {state.state}"><h2>{escape(label_of(name)[0])}</h2>'
+        f'<div class="progress {state.state}"><h2>{escape(words)} <span class="quiet">{escape(when)}</span></h2>'
         f'<p class="line"><span class="chip {state.state}">{word}</span> '
         f'<strong>{escape(step)}</strong> <span class="quiet">{escape(" · ".join(_notes(state)))}</span> {since}</p>'
         f'<div class="bar" role="progressbar" aria-label="Progress of the run" aria-valuemin="0" aria-valuemax="100" '
@@ -278,7 +301,7 @@ def _wall(
             cells += f"<td>{'' if sample is None else _linked(folder, sample, alt)}</td>"
         rows += f"<tr>{cells}</tr>"
     return (
-        "<details><summary>All previews, step by step</summary>"
+        '<details data-name="wall"><summary>All previews, step by step</summary>'
         f'<div class="wall" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
         "</details>"
     )
@@ -297,7 +320,7 @@ def ranks_of(ranks: dict[str, int]) -> str:
         for site, rank in sorted(ranks.items(), key=lambda row: (-row[1], row[0]))
     )
     told = f"Ranks by layer: {min(ranks.values())} to {most}, {mean:.1f} on average"
-    return f'<details><summary>{told}</summary><ul class="ranks" tabindex="0">{rows}</ul></details>'
+    return f'<details data-name="ranks"><summary>{told}</summary><ul class="ranks" tabindex="0">{rows}</ul></details>'
 
 
 def result_of(folder: Path, state: RunState) -> str:
@@ -323,4 +346,5 @@ def log_of(file: Path, *, is_open: bool, lines: int = 40) -> str:
     if not tail:
         return ""
     unfolded = " open" if is_open else ""
-    return f"<details{unfolded}><summary>The end of the log</summary><pre>{escape(chr(10).join(tail))}</pre></details>"
+    text = escape("\n".join(tail))
+    return f'<details data-name="log"{unfolded}><summary>The end of the log</summary><pre>{text}</pre></details>'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ui.door import QUIET, guarded
 from ui.plot import loss_plot
 
 OFTEN, SELDOM = 1.0, 4.0  # seconds between two looks while something goes on, and otherwise
+AT_ONCE = 60
+"""How many runs are listed at first, and how many more for each press."""
 NO_RUN = '<p class="quiet empty">Choose a run, or start one under “Train”.</p>'
 
 Updates = dict[gr.blocks.Block, Any]
@@ -77,11 +80,11 @@ def build_run_view(workspace: Path) -> RunView:
             result = gr.HTML("", elem_id="result", padding=False)
             with gr.Column(elem_classes="card", visible=False, elem_id="before-after") as before_after:
                 gr.HTML("<h2>Before and after</h2>", padding=False)
-                pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB)
+                pairs = gr.HTML("", elem_id="pairs", padding=False, js_on_load=pieces.SCRUB + pieces.STAY_OPEN)
             with gr.Column(elem_classes="card", visible=False, elem_id="curves") as curves:
                 gr.HTML("<h2>Loss</h2>", padding=False)
-                loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False)
-            details = gr.HTML("", elem_id="details", padding=False)
+                loss = gr.HTML("", elem_id="loss", elem_classes="loss", padding=False, js_on_load=pieces.STAY_OPEN)
+            details = gr.HTML("", elem_id="details", padding=False, js_on_load=pieces.STAY_OPEN)
     view = RunView(
         overview_of(workspace), choice, listed, progress, stop, pause, resume, sample, try_it, again, bin_, result,
         before_after, pairs, curves, loss, details, gr.Timer(OFTEN), gr.State({}),
@@ -110,6 +113,8 @@ def _connect(workspace: Path, view: RunView) -> None:
     view.choice.change(None, view.choice, None, js=REMEMBER_IN_ADDRESS)
 
     def change_queue(name: str | None, shown: Mapping[str, Any], event: gr.EventData) -> Updates:
+        if event.act == "more":
+            return look(view, name, {**shown, "listed": shown.get("listed", AT_ONCE) + AT_ONCE})
         QUEUE_ACTS[event.act](workspace, event.run)
         return look(view, name, shown)
 
@@ -129,7 +134,7 @@ def _connect(workspace: Path, view: RunView) -> None:
 
     def bin_run(name: str | None) -> Updates:
         place = view.overview.bin(view.overview.find(name))
-        gr.Info(f"Moved to {place.relative_to(workspace)}. Its adapter in the gallery stays.")
+        gr.Info(f"Moved to {escape(str(place.relative_to(workspace)))}. Its adapter in the gallery stays.")
         return chosen(view, view.overview.newest(), {})
 
     view.bin.click(guarded(bin_run, workspace), view.choice, view.changing(), **quiet)
@@ -179,14 +184,14 @@ def chosen(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates
 
 def look(view: RunView, name: str | None, shown: Mapping[str, Any]) -> Updates:
     """What has changed since the browser was last told, and nothing else."""
-    fresh = _contents(view, name)
+    fresh = _contents(view, name, shown.get("listed", AT_ONCE))
     updates = {
         control: make() if callable(make) else make
         for control, (sign, make) in fresh.items()
         if shown.get(_key(control)) != sign
     }
     if updates:
-        updates[view.shown] = {_key(control): sign for control, (sign, _) in fresh.items()}
+        updates[view.shown] = {**shown, **{_key(control): sign for control, (sign, _) in fresh.items()}}
     else:
         updates[view.shown] = gr.skip()
     return updates
@@ -196,13 +201,13 @@ def _key(control: gr.blocks.Block) -> str:
     return control.elem_id or "timer"
 
 
-def _contents(view: RunView, name: str | None) -> Contents:
+def _contents(view: RunView, name: str | None, most: int) -> Contents:
     rows = view.overview.look()
     known = {folder.name: (folder, state) for folder, state in rows}
-    listing = pieces.list_of(rows, name)
+    listed = (name, most, len(rows), tuple(pieces.sign_of(folder, state) for folder, state in rows[:most]))
     pace = OFTEN if any(state.is_live for _, state in rows) else SELDOM
     common: Contents = {
-        view.listed: (listing, gr.update(value=listing)),
+        view.listed: (listed, lambda: gr.update(value=pieces.list_of(rows, name, most=most))),
         view.timer: (pace, gr.Timer(pace)),
     }
     if name is None or name not in known:

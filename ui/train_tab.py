@@ -23,6 +23,7 @@ from ui.pictures import (
     chosen_of,
     connect_describing,
     connect_pictures,
+    describing_now,
     draw_captions,
     draw_pictures,
     show_draft,
@@ -54,6 +55,7 @@ class TrainTab:
             *self.form.controls.values(),
             *self.advanced.groups.values(),
             *(self.pictures.draft, self.pictures.strip, self.captions.panel, self.captions.rows),
+            *(self.captions.told, self.captions.timer),
             *(self.shown, self.marked, self.trouble, self.kept),
         ]
 
@@ -86,6 +88,7 @@ def build_train_tab(workspace: Path) -> TrainTab:
     _connect_settings(workspace, tab)
     _connect_memory(workspace, tab)
     _connect_ahead(workspace, tab)
+    _connect_marks(workspace, tab)
     return tab
 
 
@@ -157,6 +160,11 @@ def _connect_settings(workspace: Path, tab: TrainTab) -> None:
     def download(values: Mapping[Any, Any]) -> str:
         return advanced.as_file(form.settings(form.read(values)))
 
+    def delete(name: str) -> Any:
+        return advanced.deleted(workspace, name)
+
+    preset = form.controls["preset"]
+    settings.delete_preset.click(guarded(delete, workspace), preset, preset, **QUIET)
     settings.save_preset.click(guarded(save, workspace), controls, form.controls["preset"], **QUIET)
     outputs = [*form.controls.values(), *settings.groups.values(), tab.shown]
     settings.settings_file.upload(guarded(open_file, workspace), [settings.settings_file, tab.shown], outputs, **QUIET)
@@ -175,6 +183,18 @@ def _connect_memory(workspace: Path, tab: TrainTab) -> None:
 
     changes = [control.input for control in form.controls.values()] + [tab.pictures.draft.change]
     gr.on(changes, guarded(keep, workspace), inputs, tab.kept, trigger_mode="always_last", **QUIET)
+
+
+def _connect_marks(workspace: Path, tab: TrainTab) -> None:
+    """A control that was marked wrong is so until somebody changes something."""
+    form = tab.form
+
+    def unmark(marked: str) -> Updates:
+        return {**form.unmarked(marked), tab.marked: "", tab.trouble: ""} if marked else {tab.marked: gr.skip()}
+
+    outputs = [*form.controls.values(), tab.marked, tab.trouble]
+    changes = [control.input for control in form.controls.values()]
+    gr.on(changes, guarded(unmark, workspace), tab.marked, outputs, **QUIET)
 
 
 def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
@@ -213,7 +233,10 @@ def restored(workspace: Path, tab: TrainTab, kept: Any) -> Updates:
     kind = values.get("data.kind") if values.get("data.kind") in ("subject", "style") else "subject"
     after = starting.defaults(workspace, values["preset"], str(kind), values["method"])
     draft = show_draft(workspace, kept.get("draft"))
+    told, timer = describing_now(workspace, draft[0])
     return {
+        tab.captions.told: told,
+        tab.captions.timer: timer,
         **fill(workspace, tab, values),
         tab.shown: {**starting.defaults(workspace, presets.FIRST, "subject", "lora"), **after},
         **dict(zip(_draft_controls(tab), draft, strict=True)),
@@ -248,7 +271,7 @@ def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Pa
         updates[tab.trouble] = f'<p class="callout bad" role="alert"><strong>{escape(str(error))}</strong></p>'
         place = starting.at_control(error.place, method)
         if place in form.controls:
-            updates |= {**form.marked(place, str(error)), tab.marked: place}
+            updates |= {**form.marked(place, str(error).removeprefix(f"{error.place}: ")), tab.marked: place}
             if place in form.fields or place == "model.path":
                 group = place.partition(".")[0]
                 updates |= {tab.advanced.panel: gr.update(open=True), tab.advanced.tabs: gr.Tabs(selected=group)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MODULE = "reparam_diffusion.jobs.captioner"
+PATIENCE = 30.0  # seconds for a process to start
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def start(workspace: Path, draft: str, model: str) -> None:
     folder = drafts.folder_of(draft, workspace)
     if is_at_work(workspace, draft):
         raise UserError("The pictures are being described already.", do="Wait for it.")
+    (folder / "describing.lock").unlink(missing_ok=True)  # nobody holds it
     write_whole(folder / "describing.json", json.dumps(asdict(Progress())))
     with (folder / "describing.log").open("ab") as log:
         worker.start_detached([sys.executable, "-m", MODULE, str(workspace), draft, model.strip()], log)
@@ -54,6 +57,13 @@ def start(workspace: Path, draft: str, model: str) -> None:
 def is_at_work(workspace: Path, draft: str) -> bool:
     """Whether a describer lives for this draft."""
     return locks.is_held(drafts.folder_of(draft, workspace) / "describing.lock")
+
+
+def is_starting(workspace: Path, draft: str) -> bool:
+    """Whether one was started moments ago and has not got as far as its lock."""
+    folder = drafts.folder_of(draft, workspace)
+    started = (folder / "describing.json").stat().st_mtime
+    return not (folder / "describing.lock").exists() and time.time() - started < PATIENCE
 
 
 def progress_of(workspace: Path, draft: str) -> Progress | None:
@@ -72,7 +82,7 @@ def describe_draft(workspace: Path, draft: str, describe: Callable[[Image], str]
     empty = [picture for picture in chosen.pictures if picture.caption is None]
     for done, picture in enumerate(empty, 1):
         seen = describe(open_again(picture))
-        drafts.set_caption(draft, workspace, picture.path.name, f"{{trigger}} {{class}}, {seen}")
+        drafts.set_caption(draft, workspace, picture.path.name, f"{{trigger}} {{class}}, {seen}", only_empty=True)
         write_whole(folder / "describing.json", json.dumps(asdict(Progress(done, len(empty)))))
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import filecmp
-import os
 import shutil
+import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -97,9 +98,8 @@ def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
     """Copy a set into workspace/datasets/<slug>/ and say where. The very same set is kept once."""
     home = workspace / "datasets"
     slug = make_slug(chosen.about.title, otherwise="pictures")
-    beside = home / f".{slug}.{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    home.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{slug}.", dir=home))
     try:
         write_set(chosen, beside)
         number = 1
@@ -108,8 +108,11 @@ def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
             if _is_same(folder, beside):
                 return folder
             if not folder.exists():
-                beside.rename(folder)
-                return folder
+                with suppress(OSError):  # somebody was quicker: the next look tells whether it is the same set
+                    beside.rename(folder)
+                    folder.chmod(0o755)  # mkdtemp's are its owner's alone
+                    return folder
+                continue
             number += 1
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -10,8 +10,12 @@ import re
 import secrets
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+
+from filelock import FileLock
 
 from reparam_diffusion.data.images import Picture, Refused
 from reparam_diffusion.errors import UserError
@@ -27,6 +31,7 @@ def keep(chosen: PictureSet, workspace: Path) -> str:
     name = secrets.token_hex(8)
     folder = _home(workspace) / name
     folder.mkdir(parents=True)
+    tidy(workspace)
     _write(folder, write_set(chosen, folder))
     return name
 
@@ -45,28 +50,46 @@ def read(name: str | None, workspace: Path) -> PictureSet | None:
         about = About(**kept["about"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    (folder / "draft.json").touch()  # looked at is not forgotten
     return PictureSet(tuple(pictures), tuple(refused), about)
 
 
-def set_caption(name: str, workspace: Path, picture: str, caption: str) -> PictureSet:
-    """Give a picture another caption; an empty one leaves it to the template. Raises UserError when it is gone."""
+def set_caption(name: str, workspace: Path, picture: str, caption: str, *, only_empty: bool = False) -> PictureSet:
+    """Give a picture another caption; an empty one leaves it to the template. Raises UserError when it is gone.
+
+    `only_empty` leaves a caption alone that somebody has written meanwhile.
+    """
     text = " ".join(caption.split())
     if len(text) > LONGEST_CAPTION:
         raise UserError(
             "This caption is too long.", f"It has {len(text)} characters.", f"Use at most {LONGEST_CAPTION}."
         )
-    return _changed(name, workspace, picture, text or None)
+    with _one_at_a_time(name, workspace) as chosen:
+        if picture not in {one.path.name for one in chosen.pictures}:
+            raise UserError(f"There is no picture called {picture} any more.", do="Reload the page.")
+        pictures = tuple(
+            replace(one, caption=text or None)
+            if one.path.name == picture and not (only_empty and one.caption is not None)
+            else one
+            for one in chosen.pictures
+        )
+        return _write(_home(workspace) / name, replace(chosen, pictures=pictures))
 
 
 def leave_out(name: str, workspace: Path, picture: str) -> PictureSet:
     """Take a picture out of a draft. The last one stays: a draft has pictures."""
-    chosen = known(name, workspace)
-    left = tuple(one for one in chosen.pictures if one.path.name != picture)
-    if not left:
-        raise UserError("This is the last picture.", do="Choose other pictures instead.")
-    changed = replace(chosen, pictures=left)
-    _write(_home(workspace) / name, changed)
-    return changed
+    with _one_at_a_time(name, workspace) as chosen:
+        left = tuple(one for one in chosen.pictures if one.path.name != picture)
+        if not left:
+            raise UserError("This is the last picture.", do="Choose other pictures instead.")
+        return _write(_home(workspace) / name, replace(chosen, pictures=left))
+
+
+@contextmanager
+def _one_at_a_time(name: str, workspace: Path) -> Iterator[PictureSet]:
+    """The draft as it is now, for one change: a second tab and the describer change it too."""
+    with FileLock(folder_of(name, workspace) / ".lock", thread_local=False):
+        yield known(name, workspace)
 
 
 def tidy(workspace: Path, *, now: float | None = None) -> None:
@@ -89,7 +112,7 @@ def _home(workspace: Path) -> Path:
 
 def _folder(name: str | None, workspace: Path) -> Path | None:
     """The draft's folder; names come from browsers, so only our own kind is looked up."""
-    if not name or not re.fullmatch(r"[0-9a-f]{16}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[0-9a-f]{16}", name):
         return None
     folder = _home(workspace) / name
     return folder if folder.is_dir() else None
@@ -103,20 +126,11 @@ def known(name: str, workspace: Path) -> PictureSet:
     return chosen
 
 
-def _changed(name: str, workspace: Path, picture: str, caption: str | None) -> PictureSet:
-    chosen = known(name, workspace)
-    if picture not in {one.path.name for one in chosen.pictures}:
-        raise UserError(f"There is no picture called {picture} any more.", do="Reload the page.")
-    pictures = tuple(replace(one, caption=caption) if one.path.name == picture else one for one in chosen.pictures)
-    changed = replace(chosen, pictures=pictures)
-    _write(_home(workspace) / name, changed)
-    return changed
-
-
-def _write(folder: Path, chosen: PictureSet) -> None:
+def _write(folder: Path, chosen: PictureSet) -> PictureSet:
     kept = {
         "pictures": [{**asdict(picture), "path": picture.path.name} for picture in chosen.pictures],
         "refused": [{"path": bad.path.name, "why": bad.why} for bad in chosen.refused],
         "about": asdict(chosen.about),
     }
     write_whole(folder / "draft.json", json.dumps(kept, ensure_ascii=False, indent=1))
+    return chosen

@@ -193,10 +193,10 @@ class Fold:
         if now == "failed" and isinstance(self.last, e.Failed):
             return " ".join(part for part in (self.last.what, self.last.why, self.last.do) if part)
         if now == "lost":
-            place = (
-                f"Its last checkpoint is at step {self.checkpoint}." if self.checkpoint else "It has no checkpoint yet."
-            )
-            return f"The program ended without a word. {place} Resume goes on from there."
+            place = "It had no checkpoint yet, so it begins anew."
+            if self.checkpoint:
+                place = f"Its last checkpoint is at step {self.checkpoint}; Resume goes on from there."
+            return f"The program ended without a word. {place}"
         return ""
 
 

@@ -24,7 +24,12 @@ class Overview:
     def look(self) -> list[tuple[Path, RunState]]:
         """Every run with its state, the newest first."""
         line = set(runs.read_queue(self.workspace))
-        return [(folder, self.state_of(folder, line)) for folder in runs.list_runs(self.workspace)]
+        folders = runs.list_runs(self.workspace)
+        with self._lock:
+            for gone in self._followers.keys() - set(folders):
+                del self._followers[gone]
+                self._ended.pop(gone, None)
+        return [(folder, self.state_of(folder, line)) for folder in folders]
 
     def state_of(self, folder: Path, line: set[str] | None = None) -> RunState:
         """One run's state. `line` are the names of those that wait, when they are known."""

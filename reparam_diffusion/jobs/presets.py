@@ -60,6 +60,20 @@ def save(config: TrainConfig, workspace: Path, *, title: str) -> str:
     return f"{MINE}{slug}"
 
 
+def remove(name: str, workspace: Path) -> Path:
+    """Move one of a person's own presets to the bin; says where. Raises UserError for a bundled one."""
+    if not name.startswith(MINE):
+        raise UserError("This preset comes with the program.", do="Only your own can be deleted.")
+    file = _file(name, workspace)
+    target, number = workspace / "bin" / "presets" / file.name, 1
+    target.parent.mkdir(parents=True, exist_ok=True)
+    while target.exists():
+        number += 1
+        target = target.with_name(f"{file.stem}-{number}.toml")
+    file.replace(target)
+    return target
+
+
 def _home(workspace: Path) -> Path:
     return workspace / "presets"
 

@@ -43,9 +43,9 @@ def submit(folder: Path, *, resume: bool = False) -> bool:
     folder = folder.resolve()
     runs.read_config(folder)
     workspace = runs.workspace_of(folder)
-    if runs.state_of(folder).is_live:
-        raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
     with _changing(workspace) as line:
+        if runs.has_worker(folder) or folder.name in {one.run for one in line}:
+            raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
         line.append(Waiting(folder.name, resume))
         started = _start_what_can(workspace, line)
     if folder.name not in started:

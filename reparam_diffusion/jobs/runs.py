@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
@@ -108,16 +109,19 @@ def queue_file(workspace: Path) -> Path:
 
 
 def read_queue(workspace: Path) -> dict[str, bool]:
-    """Names of the runs that wait, the next one first, and whether each goes on from a checkpoint."""
+    """Names of the runs that wait, the next one first, and whether each goes on from a checkpoint.
+
+    A damaged file is put aside: it holds an order of runs and no more.
+    """
     try:
         rows = json.loads(queue_file(workspace).read_text(encoding="utf-8"))
         return {str(row["run"]): bool(row.get("resume")) for row in rows}
     except FileNotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            "The queue cannot be read.", f"{queue_file(workspace)} is damaged.", "Delete it; the runs stay."
-        ) from error
+    except (ValueError, TypeError, KeyError, AttributeError):
+        with suppress(OSError):
+            queue_file(workspace).replace(workspace / "queue.damaged.json")
+        return {}
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
