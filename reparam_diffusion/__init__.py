@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from reparam_diffusion.apply import Applied, apply_adapter, generate
     from reparam_diffusion.config import TrainConfig, settle
     from reparam_diffusion.errors import UserError
+    from reparam_diffusion.formats.export import export_adapter
     from reparam_diffusion.formats.read import read_adapter
+    from reparam_diffusion.gallery.bake import bake
+    from reparam_diffusion.gallery.blend.blending import blend_files
+    from reparam_diffusion.gallery.blend.forms import Form
+    from reparam_diffusion.gallery.blend.sources import Source
+    from reparam_diffusion.gallery.doctor import diagnose
+    from reparam_diffusion.gallery.extract import extract
     from reparam_diffusion.models.load import Model, load_model
     from reparam_diffusion.training.loop import train
 
@@ -21,6 +28,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "METHODS": "adapters",
+    "Source": "gallery.blend.sources",
+    "Form": "gallery.blend.forms",
+    "blend_files": "gallery.blend.blending",
+    "export_adapter": "formats.export",
+    "bake": "gallery.bake",
+    "extract": "gallery.extract",
+    "diagnose": "gallery.doctor",
     "Applied": "apply",
     "apply_adapter": "apply",
     "generate": "apply",
@@ -36,10 +50,17 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "Applied",
+    "Form",
     "Model",
+    "Source",
     "TrainConfig",
     "UserError",
     "apply_adapter",
+    "bake",
+    "blend_files",
+    "diagnose",
+    "export_adapter",
+    "extract",
     "generate",
     "load_model",
     "read_adapter",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from formats_oracles import adapters_for, lycoris_reads
 from formats_tiny import assert_equal, output, parts_like, with_adapters
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_blend_laws import SPECS, tiny_model
 from tiny_pipelines import save_tiny
 from typer.testing import CliRunner
@@ -20,6 +21,7 @@ from reparam_diffusion.__main__ import app
 from reparam_diffusion.adapters.lora import Lora, LoraPlan
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.names import module_at, spellings
+from reparam_diffusion.formats.peft import write_peft
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, write_adapter
 from reparam_diffusion.gallery.ab import ab_picture
@@ -33,6 +35,7 @@ from reparam_diffusion.models.skeleton import skeleton
 from reparam_diffusion.models.source import STARTER
 from reparam_diffusion.targets import can_carry
 
+GOLDEN = Path(__file__).parent / "golden"
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
@@ -94,6 +97,47 @@ def test_lycoris_draws_a_blend_of_all_methods_as_we_do(form: Form, tmp_path: Pat
     assert_equal(lycoris_reads(parts, out, "sd1"), ours, base)
 
 
+def test_a_broken_file_is_not_blended(tmp_path: Path) -> None:
+    parts = parts_like("sd1")
+    file = write_adapter(tmp_path / "a.safetensors", adapters_for(parts, "lora", rank=2), parts=parts, family="sd1")
+    tensors = {key: tensor.clone() for key, tensor in load_file(file).items()}
+    broken = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[broken][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "b.safetensors", {"ss_base_model_version": "sd_v1"})
+    with pytest.raises(UserError, match="doctor"):
+        finished(
+            blend_files([Source(file), Source(tmp_path / "b.safetensors")], tmp_path / "c", model=tiny_model(parts))
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
+
+
+def test_folders_of_peft_are_blended_like_files(tmp_path: Path) -> None:
+    parts = parts_like("sd1")
+    adapters = adapters_for(parts, "loha", rank=2)
+    folder = write_peft(tmp_path / "peft", adapters, parts=parts)
+    out = tmp_path / "out.safetensors"
+    finished(blend_files([Source(folder, 0.5), Source(folder, 0.5)], out, model=tiny_model(parts), precision="fp32"))
+    assert_equal(with_adapters(parts, read_adapter(out).match(parts)[0]), with_adapters(parts, adapters), output(parts))
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_file_of_a_blend_is_laid_out_as_it_always_was(family: str, tmp_path: Path) -> None:
+    """Names, number formats and shapes of the sum of all methods: tests/golden/blend_<family>.json.gz."""
+    parts = parts_like(family)
+    sources = []
+    for method, spec in SPECS.items():
+        path = tmp_path / f"{method}.safetensors"
+        adapters = adapters_for(parts, method, **spec)
+        some = {site: a for n, (site, a) in enumerate(adapters.items()) if (n + list(SPECS).index(method)) % 3 == 0}
+        write_adapter(path, some, parts=parts, family=family, precision="fp32")
+        sources.append(Source(path, 0.3))
+    out = tmp_path / "out.safetensors"
+    finished(blend_files(sources, out, model=tiny_model(parts)))
+    found = {key: [str(t.dtype), list(t.shape)] for key, t in sorted(load_file(out).items())}
+    golden = json.loads(gzip.decompress((GOLDEN / f"blend_{family}.json.gz").read_bytes()))
+    assert found == golden
+
+
 # --- the command line -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def starter_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
@@ -141,7 +185,8 @@ def test_the_command_line_converts_resizes_and_exports(starter_files: dict, tmp_
 
 
 def test_a_lossy_blend_shows_its_pictures(tmp_path: Path) -> None:
-    model = load_model(save_tiny(tmp_path / "tiny", "sd1"), device="cpu")
+    (save_tiny(tmp_path / "tiny", "sd1") / "habits.json").write_text('{"steps": 2}')
+    model = load_model(tmp_path / "tiny", device="cpu")
     adapters = adapters_for(model.parts, "lora", rank=4)
     file = write_adapter(tmp_path / "lora.safetensors", adapters, parts=model.parts, family="sd1")
     small = tmp_path / "small.safetensors"

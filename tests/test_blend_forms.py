@@ -142,6 +142,17 @@ def test_a_factored_svd_is_the_svd_of_the_product() -> None:
     torch.testing.assert_close(left * values @ right, up @ down, rtol=1e-4, atol=1e-4)
 
 
+def test_the_leading_triplets_of_a_large_matrix_are_as_good_as_all_of_its() -> None:
+    matrix = torch.randn(400, 300, generator=CHANCE) * torch.linspace(1, 0.2, 300)  # slowly falling: the hard case
+    left, values, right = svd(Change((400, 300), whole=matrix), most=8)
+    best = torch.linalg.svdvals(matrix)
+    off = (left * values @ right - matrix).norm()
+    assert float(off) <= 1.01 * float(best[8:].square().sum().sqrt())
+    assert left.shape[1] == len(values) == 8
+    again = svd(Change((400, 300), whole=matrix), most=8)
+    assert torch.equal(again[1], values)
+
+
 def test_sizes_and_angles_need_no_dense_matrix() -> None:
     pairs = [(torch.randn(20, r, generator=CHANCE), torch.randn(r, 30, generator=CHANCE)) for r in (3, 5)]
     a, b = (Change((20, 30), up=up, down=down, bias=torch.ones(20)) for up, down in pairs)

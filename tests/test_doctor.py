@@ -7,6 +7,7 @@ import pickle
 import struct
 import tracemalloc
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from typer.testing import CliRunner
 
 from reparam_diffusion.__main__ import app
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.export import TARGETS
 from reparam_diffusion.formats.mapped import open_mapped
+from reparam_diffusion.formats.programs import markdown_table
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import write_adapter
+from reparam_diffusion.gallery.blend import BLENDS
+from reparam_diffusion.gallery.blend.forms import Form
 from reparam_diffusion.gallery.collide import Collision, collide, collision_lines, heat_map
 from reparam_diffusion.gallery.doctor import diagnose, diagnosis_lines, repair
 from reparam_diffusion.inject import find_module
@@ -301,3 +306,14 @@ def test_doctor_on_the_command_line_tells_and_mends(starter_unet: nn.Module, tmp
     same = CliRunner().invoke(app, ["compare", str(file), str(file), "--picture", str(tmp_path / "map.png"), "--json"])
     assert json.loads(same.stdout)["cosine"] == pytest.approx(1, abs=1e-4)
     assert (tmp_path / "map.png").is_file()
+
+
+def test_the_table_in_the_docs_is_the_one_that_the_doctor_uses() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "blending.md").read_text(encoding="utf-8")
+    assert text.partition("<!-- programs -->\n")[2].strip() == markdown_table()
+    for method in BLENDS:
+        assert f"| `{method}` |" in text
+    for form in get_args(Form.model_fields["kind"].annotation):
+        assert f"| `{form}` |" in text
+    for target in TARGETS:
+        assert f"| `{target}` |" in text

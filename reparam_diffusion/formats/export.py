@@ -20,6 +20,7 @@ from reparam_diffusion.formats.changes import change_of
 from reparam_diffusion.formats.header import public
 from reparam_diffusion.formats.names import Family, Parts, module_at
 from reparam_diffusion.formats.peft import write_diffusers, write_peft
+from reparam_diffusion.formats.programs import STRENGTHS, traits_of
 from reparam_diffusion.formats.proof import Reading, diffusers_reading, lycoris_reading, peft_reading
 from reparam_diffusion.formats.read import PADDING, AdapterFile, Site, read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
@@ -88,7 +89,7 @@ def export_adapter(
         why = f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else ""
         raise UserError(f"{file.file.name} does not fit this base model.", why, "Name the base it was made for.")
     rewritten: Counter[str] = Counter()
-    adapters = _Adapted(located, parts, target, rewritten)
+    adapters = _Adapted(file, located, parts=parts, target=target, rewritten=rewritten)
     if target == "diffusers":
         write_diffusers(out, dict(adapters), parts=parts, precision=precision)
     elif target == "peft":
@@ -105,8 +106,7 @@ def export_adapter(
         rounding = max(rounding, error)
         yield len(located) + number, 2 * len(located), "reading it back"
     readings = _readings(out, parts, family, target)
-    kinds = {site.kinds()[0] for site in located.values()}
-    notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(kinds, rewritten)
+    notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(out)
     done = Exported(out, target, precision, len(located), rounding, dict(rewritten), readings, tuple(notes))
     write_whole(proof_beside(out), json.dumps(done.to_dict(), indent=1))
     yield done
@@ -120,8 +120,17 @@ def proof_beside(out: Path) -> Path:
 class _Adapted:
     """A file's adapters in the form that a target reads, one at a time."""
 
-    def __init__(self, located: Mapping[str, Site], parts: Parts, target: Target, rewritten: Counter[str]) -> None:
-        self._located, self._parts, self._target, self._rewritten = located, parts, target, rewritten
+    def __init__(
+        self,
+        file: AdapterFile,
+        located: Mapping[str, Site],
+        *,
+        parts: Parts,
+        target: Target,
+        rewritten: Counter[str],
+    ) -> None:
+        self._file, self._located, self._parts = file, located, parts
+        self._target, self._rewritten = target, rewritten
 
     def __iter__(self) -> Iterator[tuple[str, Adapter]]:
         for site, found in self._located.items():
@@ -132,6 +141,7 @@ class _Adapted:
                 change = change_of(adapter, module)
                 adapter = Full(change.shape, change.matrix(), change.bias)
             yield site, adapter
+            self._file.let_go()
 
 
 def _built(found: Site, module: nn.Module, site: str) -> Adapter:
@@ -158,13 +168,15 @@ def _header(file: AdapterFile, *, strip: bool) -> dict[str, str]:
 
 def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[float]:
     """Each layer's change as written, against the original's."""
-    back, _ = read_adapter(out).locate(parts)
+    written = read_adapter(out)
+    back, _ = written.locate(parts)
     for site, found in located.items():
         module = module_at(parts, site)
         exact = change_of(_built(found, module, site), module)
         size = exact.norm()
         wrong = distance(change_of(back[site].adapter(module), module), exact) if site in back else size
         yield relative(wrong, size)
+        written.let_go()
 
 
 def _readings(out: Path, parts: Parts, family: Family, target: Target) -> tuple[Reading, ...]:
@@ -176,11 +188,8 @@ def _readings(out: Path, parts: Parts, family: Family, target: Target) -> tuple[
     return (lycoris_reading(out, parts, family), *by_diffusers)
 
 
-def _notes(kinds: set[str], rewritten: Mapping[str, int]) -> list[str]:
-    """What differs at other strengths than 1 (docs/blending.md)."""
-    notes = []
-    if "oft" in kinds and not rewritten:
-        notes.append("At other strengths than 1, ComfyUI turns OFT by the square of the strength.")
-    if "boft" in kinds or "glora" in kinds or "ia3" in kinds:
-        notes.append("Its own form is read only; it was written as whole differences, which every program adds alike.")
-    return notes
+def _notes(out: Path) -> list[str]:
+    """What differs at other strengths than 1, by what the file holds now."""
+    layers = read_adapter(out).layers.values()
+    traits = {trait for site in layers for trait in traits_of(site.kinds()[0], site.leaves)}
+    return [told for trait, told in STRENGTHS.items() if trait in traits]

@@ -54,6 +54,13 @@ NAMES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 """How a file calls its layers -> what goes wrong."""
 
+STRENGTHS: dict[str, str] = {
+    "oft": "At other strengths than 1, ComfyUI turns OFT by the square of the strength.",
+    "oft, rescaled": "LyCORIS applies the scale of a rescaled OFT in full at any strength.",
+    "weight decomposition on outputs": "At other strengths than 1, LyCORIS scales DoRA in its own way, not its change.",
+}
+"""What a file may hold -> what is not the same at strengths other than 1, at which every program agrees."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -62,6 +69,16 @@ class Verdict:
     program: str
     opens: bool
     why: str
+
+
+def markdown_table() -> str:
+    """The table of docs/blending.md: what a file may hold, how it calls its layers, and what programs make of it."""
+    lines = ["| in the file | " + " | ".join(PROGRAMS) + " |", "|---" * (len(PROGRAMS) + 1) + "|"]
+    for what, row in FORMS.items():
+        lines.append(f"| {what} | " + " | ".join(row.get(program, "yes") for program in PROGRAMS) + " |")
+    for what, row in NAMES.items():
+        lines.append(f"| names: {what} | " + " | ".join(row.get(program, "yes") for program in PROGRAMS) + " |")
+    return "\n".join(lines)
 
 
 def readers(traits: Iterable[str], names: str) -> list[Verdict]:

@@ -165,7 +165,8 @@ def _compare(
     program: str, file: Path, parts: Parts, put_on: Callable[[str, nn.Module], Callable[[Tensor], Tensor]]
 ) -> Reading:
     """Our change of every layer of a file against the other program's."""
-    located, _ = read_adapter(file).locate(parts)
+    opened = read_adapter(file)
+    located, _ = opened.locate(parts)
     largest, where = 0.0, ""
     for site, found in located.items():
         module = module_at(parts, site)
@@ -177,6 +178,7 @@ def _compare(
             return Reading(program, failed=f"cannot read {site} ({told[0][:160]})")
         if difference >= largest:
             largest, where = difference, site
+        opened.let_go()
     return Reading(program, len(located), largest, where)
 
 

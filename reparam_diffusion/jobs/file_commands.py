@@ -228,7 +228,7 @@ def _make(
     """Blend, say what was lost, and put the result where it belongs."""
     from reparam_diffusion.gallery.blend.blending import blend_files
     from reparam_diffusion.gallery.blend.result import Report
-    from reparam_diffusion.gallery.shelf import add
+    from reparam_diffusion.gallery.shelf import add, make_slug
 
     with tempfile.TemporaryDirectory() as place:
         target = out or Path(place) / "result.safetensors"
@@ -241,7 +241,9 @@ def _make(
         if picture:
             exact = Path(place) / "exact.safetensors"
             follow(blend_files(sources, exact, precision="fp32", **more), as_json=as_json)
-            told["picture"] = str(_draw(model, picture, exact, target, (out or workspace / "images" / f"{title}.png")))
+            told["picture"] = str(
+                _draw(model, picture, exact, target, out or workspace / "images" / f"{make_slug(title)}.png")
+            )
         if out is None:
             told["file"] = str(add(target, workspace, name=title, facts=_notes(target)))
     typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))

@@ -7,7 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.maths.change import Change
+
+_MUCH = 16
+"""How many times fewer ranks than the matrix has make the random start pay."""
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -15,19 +19,33 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return shared(*svd(Change(tuple(matrix.shape), whole=matrix.float())), rank)
 
 
-def svd(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+def svd(change: Change, *, most: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """U (out, k), σ (k), Vᵀ (k, in·kernel) of a change; of a product U D in r² (in + out), never dense.
 
-    QR of both factors leaves an r x r core: U = Q₁R₁, Dᵀ = Q₂R₂, U D = Q₁ (R₁R₂ᵀ) Q₂ᵀ.
+    QR of both factors leaves an r x r core: U = Q₁R₁, Dᵀ = Q₂R₂, U D = Q₁ (R₁R₂ᵀ) Q₂ᵀ. Where only the `most` leading
+    triplets are wanted, a small part of a large matrix's, a random subspace finds them in a fraction of the time.
     """
     if change.factors is None:
-        left, values, right = torch.linalg.svd(change.matrix().float(), full_matrices=False)
+        matrix = change.matrix().float()
+        if 0 < most * _MUCH <= min(matrix.shape):
+            return _leading(matrix, most)
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
         return left, values, right
     up, down = (factor.float() for factor in change.factors)
     outer, core_up = torch.linalg.qr(up)
     inner, core_down = torch.linalg.qr(down.T)
     left, values, right = torch.linalg.svd(core_up @ core_down.T, full_matrices=False)
     return outer @ left, values, right @ inner.T
+
+
+def _leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading triplets by subspace iteration from a random start.  Halko et al. 2011, arXiv:0909.4061, alg. 4.4."""
+    start = torch.randn(matrix.shape[1], count + 16, generator=generator("svd", *matrix.shape))
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(4):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ left[:, :count], values[:count], right[:count]
 
 
 def shared(left: Tensor, values: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from reparam_diffusion.adapters.lora import Lora, LoraPlan
 from reparam_diffusion.adapters.oft import Oft, OftPlan, OftSpec, plan_oft
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.changes import change_of
+from reparam_diffusion.formats.write import is_own
 from reparam_diffusion.maths import lowrank
 from reparam_diffusion.maths.change import Change
 from reparam_diffusion.maths.kronecker import factorization, nearest_kronecker
@@ -53,7 +54,7 @@ class Form(BaseModel):
 
     @model_validator(mode="after")
     def _says_how_many_ranks(self) -> Self:
-        rules = (self.energy, self.megabytes, self.sv_ratio, self.sv_fro, self.sv_cumulative)
+        rules = self._rules()
         if self.kind in RANKED and not (self.rank or any(rules)):
             raise ValueError(f"{self.kind} needs a rank, an energy, a size, or one of the sv_ rules")
         if sum(map(bool, rules)) > 1:
@@ -61,6 +62,14 @@ class Form(BaseModel):
         if self.kind == "adalora" and not self.rank:
             raise ValueError("adalora needs a rank: the average over the layers")
         return self
+
+    def _rules(self) -> tuple[float, ...]:
+        return (self.energy, self.megabytes, self.sv_ratio, self.sv_fro, self.sv_cumulative)
+
+    @property
+    def has_rules(self) -> bool:
+        """Whether more than a number of ranks decides what a layer keeps."""
+        return any(self._rules())
 
     @property
     def shares_ranks(self) -> bool:
@@ -136,7 +145,8 @@ def lora_of(shape: tuple[int, ...], up: Tensor, down: Tensor) -> Lora | None:
 
 
 def _triplets(change: Change, form: Form, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    left, values, right = lowrank.svd(change)
+    most = rank if rank is not None else (0 if form.has_rules else form.rank)
+    left, values, right = lowrank.svd(change, most=most)
     count = form.rank_for(values) if rank is None else rank
     return left[:, :count], values[:count], right[:count]
 
@@ -214,6 +224,8 @@ def form_name(adapter: Adapter | None) -> str:
         return "nothing"
     if isinstance(adapter, Stack):
         return " + ".join(form_name(inner) for inner in adapter.inner())
+    if not is_own(adapter) and not isinstance(adapter, Full):
+        return "whole difference"  # a form that is only read
     if isinstance(adapter, Full):
         return "whole difference" if adapter.diff is not None else "bias"
     if isinstance(adapter, Oft):

@@ -121,7 +121,7 @@ class Opened:
                     raise UserError(
                         f"{file.file.name} does not fit {self.base.name or 'this base model'} at {site}.",
                         f"{error}.",
-                        "Blend files for one base model; `doctor` tells what is wrong with a file.",
+                        "Name the base with --model, or ask `doctor` what is wrong with the file.",
                     ) from None
             rows.append(Layer(site, module, digest, strength, adapter))
         return rows

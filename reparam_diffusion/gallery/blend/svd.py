@@ -20,7 +20,7 @@ class SvdOptions(Options):
 
 def blend_svd(layers: Sequence[Layer], options: SvdOptions) -> Made:
     change = total([layer.wanted for layer in layers])
-    left, values, right = svd(change)
+    left, values, right = svd(change, most=options.rank if options.energy == 1 else 0)
     rank = min(options.rank, rank_for_energy(values, options.energy))
     up, down = shared(left, values, right, rank)
     return Change(change.shape, up=up, down=down, bias=change.bias)
