@@ -121,7 +121,7 @@ def test_nothing_right_is_nothing_saved(parts: dict, lora: Path, tmp_path: Path)
         ({"network_module": "glora"}, {"A1111", "diffusers", "kohya"}),
         ({"network_module": "ia3"}, {"LyCORIS", "ComfyUI", "diffusers", "kohya"}),
     ],
-    ids=str,
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else str(value),
 )  # fmt: skip
 def test_who_opens_what_is_told_by_the_tensors(settings: dict, bad: set, parts: dict, tmp_path: Path) -> None:
     lycoris_file(parts, tmp_path / "a.safetensors", **settings)

@@ -192,6 +192,17 @@ def test_a_folder_goes_to_the_bin_and_back_as_a_file_does(tmp_path: Path, droppe
     assert facts(tmp_path, "pony-2")["name"] == "pony"
 
 
+def test_a_folder_is_looked_into_and_leaves_behind_what_is_no_adapter(tmp_path: Path, dropped: Path) -> None:
+    folder = peft(dropped / "pony")
+    (folder / "optimizer.bin").write_bytes(b"pickle")
+    lora(folder / "more", "cat")
+    told = by_name(import_files([folder], tmp_path))
+    assert [name for name, one in told.items() if one.file] == ["pony"]
+    inside = sorted(file.name for file in shelf.at("pony", tmp_path).rglob("*"))
+    assert inside == ["adapter_config.json", "adapter_model.safetensors"]
+    assert by_name(import_files([folder / "more"], tmp_path))["cat.safetensors"].file
+
+
 def test_an_archive_without_an_adapter_says_so(tmp_path: Path, dropped: Path) -> None:
     with zipfile.ZipFile(dropped / "nothing.zip", "w") as archive:
         archive.writestr("__MACOSX/._a", "litter")

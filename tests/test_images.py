@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import images
+from reparam_diffusion.gallery.grid import make_grid
 from reparam_diffusion.gallery.recipe import Recipe, Use, from_text, make_recipe, to_text
 from reparam_diffusion.models.sample import split_tags
 from reparam_diffusion.models.schedulers import SCHEDULERS
@@ -157,3 +158,16 @@ def test_the_history_is_the_newest_first_and_names_never_clash(tmp_path: Path) -
 def test_a_mistake_in_a_recipe_names_its_place(values: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_recipe(values)
+
+
+def test_a_sheet_has_room_for_every_picture_and_wraps_long_names() -> None:
+    pictures = [Image.new("RGB", (64, 48), colour) for colour in ("red", "green", "blue", "black")]
+    long = "a very long name of a prompt part that no column could hold " + "m" * 40
+    sheet = make_grid([("one", pictures[:2]), (long, pictures[2:])], ["left", long])
+    assert sheet.width < 64 * 2 + 250
+    colours = {colour for _, colour in sheet.getcolors(sheet.width * sheet.height) or []}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0)} <= colours
+    assert (
+        sum(count for count, colour in sheet.getcolors(sheet.width * sheet.height) or [] if colour == (255, 0, 0))
+        == 64 * 48
+    )

@@ -84,7 +84,7 @@ def test_a_strangers_file_is_dropped_told_of_noted_deleted_and_restored(
     page.locator("#shelf-drop input[type=file]").set_input_files([file, tmp_path / "bad <i>.ckpt", picture])
     imported = page.locator("#imported")
     expect(imported).to_contain_text("1 adapter imported.", timeout=SLOW)
-    expect(imported).to_contain_text("LoRA, for Stable Diffusion XL, 1 layer, ranks 4 everywhere, trigger “sks cat”")
+    expect(imported).to_contain_text("LoRA, for Stable Diffusion XL, 1 layer, rank 4 everywhere, trigger “sks cat”")
     expect(imported).to_contain_text("can run programs when they are read")
     expect(page.locator("#chosen h2")).to_have_text("Cute Cat")
     drawn = page.get_by_role("img", name="What Cute Cat draws").first

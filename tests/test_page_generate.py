@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from filelock import FileLock
@@ -87,6 +88,15 @@ def test_a_prompt_becomes_a_picture(opened: Open, served: Served) -> None:
     )
 
 
+def test_only_pictures_are_served(served: Served) -> None:
+    """Not what was asked for, nor the studio's log."""
+    (picture,) = images.history(served.workspace, most=9)
+    (request,) = (served.workspace / "studio" / "requests").iterdir()
+    files = (picture, request / "request.json", request / "events.jsonl", served.workspace / "studio" / "log.txt")
+    answers = [httpx.get(f"{served.address}/gradio_api/file={file}").status_code for file in files]
+    assert answers[0] == 200 and set(answers[1:]) <= {403, 404}
+
+
 def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_there(opened: Open) -> None:
     page = generate_tab(opened(), steps=900)
     page.get_by_label("Prompt", exact=True).fill(APPLE)
@@ -107,6 +117,9 @@ def test_a_sweep_finds_the_strength_that_is_kept_as_preferred(opened: Open, serv
     page = generate_tab(opened())
     choose_teddy(page)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value("a 3d icon of sks toy on a pink background")
+    page.get_by_label("Prompt", exact=True).fill("a 3d icon of a dog")
+    page.get_by_role("button", name="+ sks toy").click()
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(re.compile("^a 3d icon of a dog,? sks toy$"))
     page.get_by_role("button", name="Sweep the strength").click()
     expect(page.get_by_text(re.compile(r"^7 pictures in"))).to_be_visible(timeout=SLOW)
     page.get_by_role("button", name="0.75", exact=True).click()
@@ -187,12 +200,17 @@ def test_other_programs_draw_through_the_endpoint(served: Served) -> None:
         (6, 2, (Use(name="teddy", strength=0.5),)),
     ]
     with pytest.raises(Exception, match="Did you mean"):
-        client.predict(APPLE, [["tedy"]], steps=2, api_name="/generate")
+        client.predict(APPLE, ["tedy"], steps=2, api_name="/generate")
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
-def test_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
-    page = generate_tab(opened(width=width, height=height))
+def test_the_least_stands_above_the_fold_and_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
+    page = opened(width=width, height=height)
+    page.get_by_role("tab", name="Generate").click()
+    for part in (page.get_by_label("Prompt", exact=True), page.get_by_label("Adapter 1", exact=True)):
+        expect(part).to_be_in_viewport()
+    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_in_viewport(ratio=1)
+    page.get_by_role("button", name="More settings").click()
     choose_teddy(page)
     page.get_by_role("button", name="Compare in a grid").click()
     expect(page.get_by_role("button", name="Draw the grid")).to_be_visible()
@@ -204,12 +222,3 @@ def test_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
     )
     assert cut == []
     assert page.locator(".generate img:not([alt]), .generate img[alt='']").count() == 0
-
-
-def test_the_prompt_the_adapter_and_draw_stand_above_the_fold(opened: Open) -> None:
-    page = opened()
-    page.get_by_role("tab", name="Generate").click()
-    for part in (page.get_by_label("Prompt", exact=True), page.get_by_label("Adapter 1", exact=True)):
-        expect(part).to_be_in_viewport()
-    expect(page.get_by_role("button", name="Draw", exact=True)).to_be_in_viewport(ratio=1)
-    expect(page.get_by_role("heading", name="Result")).to_be_in_viewport()

@@ -26,7 +26,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use
 from reparam_diffusion.jobs import locks, runs, studio, studio_grid, studio_worker
-from reparam_diffusion.models import decode, sample
+from reparam_diffusion.models import decode, load, sample
 from reparam_diffusion.models.glance import glance_at
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.schedulers import SCHEDULERS, make_scheduler, own_name
@@ -330,6 +330,25 @@ def test_requests_take_turns_a_picture_each(workspace: Path, monkeypatch: pytest
     assert studio.state_of(long).state == studio.state_of(short).state == "finished"
 
 
+def test_requests_for_another_base_model_wait_for_its_turn(
+    workspace: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many ask at once, the model is not changed for every picture."""
+    monkeypatch.setattr(sample, "at_once", lambda model, width, height: 1)
+    (workspace / "models" / "other").symlink_to(tiny)
+    loads: list[str] = []
+    plain = load.load_model
+    monkeypatch.setattr(
+        load, "load_model", lambda path, **more: (loads.append(Path(path).name), plain(path, **more))[1]
+    )
+    for n, name in enumerate(("tiny", "other", "tiny", "other")):
+        asked(workspace, recipe(seed=10 * n, model=name), recipe(seed=10 * n + 1, model=name))
+    finish(workspace)
+    assert loads == ["tiny", "other"]
+    order = [images.settings_of(file).seed for file in images.history(workspace, most=9)[::-1]]
+    assert order == [0, 20, 1, 21, 10, 30, 11, 31]
+
+
 def test_memory_that_runs_out_is_told_once_and_the_next_request_is_drawn(
     workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,7 +397,6 @@ def test_old_requests_are_forgotten_and_their_pictures_stay(workspace: Path, mon
     monkeypatch.setattr(studio, "KEPT", 2)
     folders = [asked(workspace, recipe(seed=n)) for n in range(4)]
     finish(workspace)
-    finish(workspace)  # a studio tidies when it comes
     assert studio.list_requests(workspace) == folders[:1:-1]
     assert len(images.history(workspace, most=9)) == 4
 

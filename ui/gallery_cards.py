@@ -148,9 +148,14 @@ def binned_head_of(binned: Binned) -> str:
 def rest_of(report: Report) -> str:
     """Ranks, what no reader uses, and all metadata."""
     pairs = sorted(report["metadata"].items())
-    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in pairs)
+    rows = "".join(f"<dt>{escape(key)}</dt><dd>{escape(shortened(value))}</dd>" for key, value in pairs)
     folded = f'<details><summary>All metadata ({len(pairs)})</summary><dl class="metadata">{rows}</dl></details>'
     return f"{ranks_of(report)}{unmatched_of(report)}{folded if pairs else ''}"
+
+
+def shortened(text: str, *, longest: int = 2000) -> str:
+    """A header may hold megabytes of tags: their beginning, and how much more there is."""
+    return text if len(text) <= longest else f"{text[:longest]} … and {len(text) - longest:,} characters more"
 
 
 def ranks_of(report: Report) -> str:
@@ -204,7 +209,7 @@ def _taken(one: Imported) -> str:
         method_title(report["trained_as"] or report["method"]),
         f"for {BASES[report['base']]}" if report["base"] != "unknown" else "base model not said",
         plural(report["layers"], "layer"),
-        f"ranks {ranks_told(report)}",
+        f"rank {ranks_told(report)}" if report["ranks"] else "",
         f"trigger “{report['trigger']}”" if report["trigger"] else "no trigger said",
         f"{plural(len(report['unmatched']), 'name')} left out" if report["unmatched"] else "",
     ]

@@ -30,6 +30,7 @@ class GenerateTab:
 
     workspace: Path
     overview: Overview
+    reader: studio.Reader
     controls: Controls
     grid: GridControls
     draw: gr.Button
@@ -50,7 +51,11 @@ class GenerateTab:
 
     def changing(self) -> list[gr.components.Component]:
         """Everything that `open_with` and the handlers may change."""
-        own = [part for name, part in vars(self).items() if name not in ("workspace", "overview", "controls", "grid")]
+        own = [
+            part
+            for name, part in vars(self).items()
+            if name not in ("workspace", "overview", "reader", "controls", "grid")
+        ]
         return [*self.controls.changing(), *own]
 
     def inputs(self) -> set[gr.components.Component]:
@@ -103,7 +108,7 @@ def restore(tab: GenerateTab, file: Path) -> Updates:
             studio.adapter_file(use.name, tab.workspace)
             known.append(use)
         except UserError:
-            gr.Warning(f"The adapter “{use.name}” is not in the gallery; it was left out.")
+            gr.Warning(f"The adapter “{escape(use.name)}” is not in the gallery; it was left out.")
     return form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
 
 
@@ -117,14 +122,9 @@ def holder_of(tab: GenerateTab) -> Path | None:
     return next((folder for folder, state in tab.overview.look() if state.state == "running"), None)
 
 
-def request_called(workspace: Path, name: str | None) -> Path | None:
-    """The folder of a request in this workspace."""
-    return next((one for one in studio.list_requests(workspace) if one.name == name), None)
-
-
 def drawing_to_open(workspace: Path, wanted: str | None) -> str:
     """Which drawing a fresh page shows: the one in its address, else the newest that goes on, else none."""
-    if request_called(workspace, wanted) is not None:
+    if studio.find_request(workspace, wanted) is not None:
         return wanted or ""
     live = (one for one in studio.todo(workspace)[::-1] if studio.state_of(one).is_live)
     found = next(live, None)
@@ -132,8 +132,12 @@ def drawing_to_open(workspace: Path, wanted: str | None) -> str:
 
 
 def request_shown(tab: GenerateTab, values: Values) -> studio.Request | None:
-    folder = request_called(tab.workspace, values[tab.drawing])
-    return studio.read_request(folder) if folder else None
+    """What this browser follows; None also for one that another version wrote."""
+    folder = studio.find_request(tab.workspace, values[tab.drawing])
+    try:
+        return studio.read_request(folder) if folder else None
+    except UserError:
+        return None
 
 
 # --- looking ---------------------------------------------------------------------------------------------------------
@@ -169,10 +173,10 @@ def _workspace_now(tab: GenerateTab) -> Sign:
 
 def _drawing_now(tab: GenerateTab, values: Values) -> Sign:
     """The request that this browser follows."""
-    folder = request_called(tab.workspace, values[tab.drawing])
-    if folder is None:
+    folder, request = studio.find_request(tab.workspace, values[tab.drawing]), request_shown(tab, values)
+    if folder is None or request is None:
         return {"timer": (SELDOM, lambda: {tab.timer: gr.Timer(SELDOM)})}
-    request, state, chosen = studio.read_request(folder), studio.state_of(folder), str(values[tab.chosen] or "")
+    state, chosen = tab.reader.state_of(folder), str(values[tab.chosen] or "")
     is_cancelling = studio.is_asked(folder, "cancel")
     holder = holder_of(tab) if state.state == "waiting" else None
     progress = generate_view.progress_of(request, state, is_cancelling=is_cancelling, holder=holder)

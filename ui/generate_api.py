@@ -26,7 +26,7 @@ def add_endpoint(workspace: Path) -> None:
 
     def generate(  # noqa: PLR0917  (an endpoint's parameters are its arguments)
         prompt: str,
-        adapters: list[list[Any]] | None = None,  # Any: [name, strength, text encoder strength or null]
+        adapters: list[Any] | None = None,  # Any: a name, or [name, strength, text encoder strength or null]
         negative: str | None = None,
         seed: int = 0,
         count: int = 1,
@@ -49,14 +49,16 @@ def add_endpoint(workspace: Path) -> None:
     gr.api(guarded(generate, workspace), api_name="generate", concurrency_limit=AT_ONCE, concurrency_id="generate")
 
 
-def _use(one: list[Any]) -> dict[str, Any]:  # Any: as another program gives them; make_recipe checks
-    return dict(zip(("name", "strength", "te_strength"), one, strict=False))
+def _use(one: Any) -> dict[str, Any]:  # Any: as another program gives them; make_recipe checks
+    """An adapter's name alone, or with one or two strengths."""
+    return dict(zip(("name", "strength", "te_strength"), one if isinstance(one, list) else [one], strict=False))
 
 
 def _awaited(folder: Path, workspace: Path) -> list[FileData]:
     """The files, once all are there. Raises UserError when some are not."""
     fragments.serve(images.images_of(workspace))
-    while (state := studio.state_of(folder)).is_live:
+    reader = studio.Reader()
+    while (state := reader.state_of(folder)).is_live:
         time.sleep(LOOK_AGAIN)
     if state.state != "finished":
         raise UserError("Not all pictures were drawn.", state.message or f"The request was {state.state}.")

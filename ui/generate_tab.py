@@ -6,6 +6,7 @@ A timer looks at the request's folder, so a reload loses nothing and several bro
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -28,7 +29,6 @@ from ui.generate_acts import (
     keep_preferred,
     look,
     open_with,
-    request_called,
     request_shown,
     restore,
     start_drawing,
@@ -88,7 +88,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
     controls = Controls(prompt=prompt, rows=rows, add=add, sweep=sweep, **more)
     tab = GenerateTab(
-        workspace, Overview(workspace), controls, grid, draw, cancel, title, progress,
+        workspace, Overview(workspace), studio.Reader(), controls, grid, draw, cancel, title, progress,
         offers, ahead, pause, figures, keep, history, dropped, gr.Textbox(visible="hidden", elem_id="drawing-name"),
         gr.State(""), gr.State({}), gr.Timer(SELDOM),
     )  # fmt: skip
@@ -112,18 +112,7 @@ def _connect_adapters(tab: GenerateTab) -> None:
         row.name.input(
             guarded(choose, workspace),
             {*names, controls.prompt, controls.model},
-            [
-                controls.sweep,
-                row.name,
-                row.on,
-                row.more,
-                row.strength,
-                row.linked,
-                row.te,
-                row.words,
-                controls.prompt,
-                controls.add,
-            ],
+            [controls.prompt, controls.add, controls.sweep, *row.changing()],
             **QUIET,
         )
         row.linked.input(
@@ -142,19 +131,20 @@ def _connect_adapters(tab: GenerateTab) -> None:
     boxes = [row.box for row in controls.rows]
     controls.add.click(guarded(add, workspace), names, [*boxes, controls.add], **QUIET)
 
-    def other_model(model: str | None) -> Updates:
+    def other_model(model: str | None, negative: str | None) -> Updates:
         seen = glance_at(form.model_path(model or "", workspace))
         side = gr.update(value=seen.size, step=seen.size_step, info=f"In steps of {seen.size_step} pixels.")
         return {
             controls.steps: seen.habits.steps,
             controls.guidance: seen.habits.guidance,
-            controls.negative: seen.habits.negative,
+            controls.negative: negative or seen.habits.negative,
             controls.width: side,
             controls.height: side,
         }
 
     outputs = [controls.steps, controls.guidance, controls.negative, controls.width, controls.height]
-    controls.model.input(guarded(other_model, workspace), controls.model, outputs, **QUIET)
+    inputs = [controls.model, controls.negative]
+    controls.model.input(guarded(other_model, workspace), inputs, outputs, **QUIET)
 
 
 def _connect_drawing(tab: GenerateTab) -> None:
@@ -186,7 +176,7 @@ def _connect_drawing(tab: GenerateTab) -> None:
 
     def asked(act: Callable[[Path], None]) -> Callable[[Values], Updates]:
         def pressed(values: Values) -> Updates:
-            folder = request_called(workspace, values[tab.drawing])
+            folder = studio.find_request(workspace, values[tab.drawing])
             if folder is not None:
                 act(folder)
             return look(tab, values)
@@ -236,7 +226,7 @@ def _connect_restoring(tab: GenerateTab) -> None:
         if request is None or not values[tab.chosen]:
             raise UserError("No strength is chosen.", do="Press one under the pictures.")
         keep_preferred(workspace, request.about, float(values[tab.chosen]))
-        gr.Info(f"{studio_grid.short_name(request.about)} now starts at strength {values[tab.chosen]}.")
+        gr.Info(f"{escape(studio_grid.short_name(request.about))} now starts at strength {values[tab.chosen]}.")
         return {tab.keep: gr.update(visible=False)}
 
     seen = {tab.drawing, tab.chosen, tab.shown}

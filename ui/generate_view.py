@@ -78,7 +78,7 @@ def _who_holds(holder: Path | None) -> str:
 def figures_of(workspace: Path, request: Request, state: RequestState, chosen: str) -> str:
     """The pictures so far, early looks at those being drawn, and places for the rest."""
     fragments.serve(images.images_of(workspace))
-    fragments.serve(studio.studio_of(workspace) / "requests")
+    fragments.serve(studio.studio_of(workspace) / "looks")
     figures = [_figure(request, state, number, chosen) for number in range(len(request.recipes))]
     if request.kind != "grid":
         return f'<div class="figures {request.kind} n{min(len(figures), 4)}">{"".join(figures)}</div>'

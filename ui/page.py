@@ -10,6 +10,7 @@ import gradio as gr
 
 from reparam_diffusion.jobs import drafts, queue
 from ui import run_view, train_tab
+from ui.blend_tab import build_blend_tab
 from ui.door import QUIET, guarded, open_log
 from ui.gallery_look import GalleryTab
 from ui.gallery_tab import build_gallery_tab
@@ -40,6 +41,8 @@ def build_page(workspace: Path) -> gr.Blocks:
                 generate = build_generate_tab(workspace)
             with _tab("Gallery"):
                 gallery = build_gallery_tab(workspace)
+            with _tab("Blend"):
+                build_blend_tab(workspace)
             with _tab("Settings"):
                 build_settings_tab(workspace)
         add_runs_api(workspace, view.overview)
@@ -50,7 +53,7 @@ def build_page(workspace: Path) -> gr.Blocks:
     return page
 
 
-TABS = ("train", "runs", "generate", "gallery", "settings")
+TABS = ("train", "runs", "generate", "gallery", "blend", "settings")
 
 
 def _tab(title: str) -> gr.Tab:

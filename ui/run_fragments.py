@@ -312,8 +312,8 @@ def result_of(folder: Path, state: RunState) -> str:
     )
 
 
-def log_of(file: Path, *, lines: int = 40) -> str:
-    """The end of a run's log."""
+def log_of(file: Path, *, is_open: bool, lines: int = 40) -> str:
+    """The end of a run's log, folded unless it says why a run ended."""
     try:
         with file.open("rb") as log:
             log.seek(max(0, file.stat().st_size - 16_000))
@@ -322,4 +322,5 @@ def log_of(file: Path, *, lines: int = 40) -> str:
         tail = []
     if not tail:
         return ""
-    return f"<details><summary>The end of the log</summary><pre>{escape(chr(10).join(tail))}</pre></details>"
+    unfolded = " open" if is_open else ""
+    return f"<details{unfolded}><summary>The end of the log</summary><pre>{escape(chr(10).join(tail))}</pre></details>"

@@ -136,6 +136,7 @@ def _connect(workspace: Path, view: RunView) -> None:
 
 
 REMEMBER_IN_ADDRESS = """(run) => {
+  if (!document.body.dataset.opened) return;  // nobody has chosen it, the page shows it by itself
   const address = new URL(window.location);
   if (run) address.searchParams.set("run", run); else address.searchParams.delete("run");
   window.history.replaceState(null, "", address);
@@ -220,7 +221,7 @@ def _run_contents(view: RunView, folder: Path, state: RunState) -> Contents:
     request = runs.asked(folder)
     progress = pieces.progress_of(folder.name, state, request)
     result = pieces.result_of(folder, state)
-    log = pieces.log_of(runs.log_file(folder)) if state.state in ("failed", "lost") else ""
+    log = pieces.log_of(runs.log_file(folder), is_open=state.state in ("failed", "lost"))
     details = pieces.ranks_of(state.ranks) + log
     pictures = (folder.name, tuple((sample.step, sample.path) for sample in state.samples), state.is_live)
     points = (folder.name, state.step, len(state.losses), len(state.validations))

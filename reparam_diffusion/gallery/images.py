@@ -55,7 +55,7 @@ def settings_of(file: Path) -> Recipe:
             chunks = {key: str(value) for key, value in picture.info.items() if key in (TEXT, EXACT)}
     except UnidentifiedImageError:
         raise UserError("This is not a PNG picture.", do="Only PNGs carry their settings.") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError("This picture cannot be read.", f"{error}.", "Use another one.") from None
     try:
         return Recipe.model_validate_json(chunks[EXACT])

@@ -1,12 +1,13 @@
 """Files from elsewhere onto the shelf, byte for byte, with what other programs keep beside them.
 
-Each file is read whole before it is taken, so that nothing lies on the shelf that could not be opened.
+Each is opened by the reader that will use it before it is taken, so that nothing lies on the shelf that it refuses.
 """
 
 from __future__ import annotations
 
 import html
 import re
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,6 @@ MOST_FILES = 200
 MOST_BYTES = 4 * 1024**3
 LARGEST_SIDE = 1024**2
 """Bytes of a sidecar that are still read."""
-WEIGHTS = "adapter_model.safetensors"
 PICTURE_SIDE = 768  # pixels
 _SIDE = re.compile(r"((\.preview)?\.(png|webp|jpe?g|gif)|\.civitai\.info|\.json|\.txt|\.md)$", re.IGNORECASE)
 
@@ -43,7 +43,7 @@ class Imported:
 def import_files(files: Sequence[Path], workspace: Path) -> list[Imported]:
     """Take adapters in, with their .json, .civitai.info and pictures where these came along; refuse the rest by name.
 
-    PEFT's adapter_model.safetensors and adapter_config.json belong together; .zip files are looked into.
+    PEFT's adapter_model.safetensors and adapter_config.json belong together; folders and .zip files are looked into.
     Raises UserError when it is too much at once.
     """
     if not files:
@@ -53,17 +53,17 @@ def import_files(files: Sequence[Path], workspace: Path) -> list[Imported]:
     with ExitStack() as unpacked:
         loose: list[Path] = []
         for file in files:
-            if file.suffix.lower() != ".zip":
+            if file.suffix.lower() != ".zip" and not file.is_dir():
                 loose.append(file)
                 continue
             try:
-                folder = unpacked.enter_context(_unzipped(file))
+                folder = file if file.is_dir() else unpacked.enter_context(_unzipped(file))
             except UserError as error:
                 told.append(Imported(file.name, why=_told(error)))
                 continue
             told += _import_tree(folder, file, workspace) or [Imported(file.name, why="There is no adapter in it.")]
-        pair = [file for file in loose if file.name in (WEIGHTS, shelf.PEFT_CONFIG)]
-        if {file.name for file in pair} == {WEIGHTS, shelf.PEFT_CONFIG} and len(pair) == 2:
+        pair = [file for file in loose if file.name in (shelf.PEFT_WEIGHTS, shelf.PEFT_CONFIG)]
+        if {file.name for file in pair} == {shelf.PEFT_WEIGHTS, shelf.PEFT_CONFIG} and len(pair) == 2:
             loose = [file for file in loose if file not in pair]
             told.append(_import_pair(pair, workspace))
         told += _import_loose(loose, workspace)
@@ -98,13 +98,13 @@ def _unzipped(archive: Path) -> Iterator[Path]:
 
 
 def _import_tree(folder: Path, archive: Path, workspace: Path) -> list[Imported]:
-    """What was in an archive: PEFT folders, and single files."""
+    """What is in a folder or an archive: PEFT folders, and single files."""
     insides = [folder, *sorted(path for path in folder.rglob("*") if path.is_dir())]
     peft: list[Path] = []
     for inside in insides:
         if shelf.is_peft(inside) and not any(outer in inside.parents for outer in peft):
             peft.append(inside)
-    told = [_import_peft(one, archive.stem if one == folder else one.name, workspace) for one in peft]
+    told = [_take(one, archive.stem if one == folder else one.name, {}, workspace) for one in peft]
     loose = [
         file
         for file in sorted(folder.rglob("*"))
@@ -122,18 +122,14 @@ def _import_pair(pair: Sequence[Path], workspace: Path) -> Imported:
     """PEFT's two files, dropped side by side, as the folder that they were."""
     with tempfile.TemporaryDirectory(prefix="reparam-import-") as place:
         for file in pair:
-            (Path(place) / file.name).write_bytes(file.read_bytes())
-        return _import_peft(Path(place), _base_name(Path(place) / shelf.PEFT_CONFIG), workspace)
+            shutil.copyfile(file, Path(place) / file.name)
+        return _take(Path(place), _base_name(Path(place) / shelf.PEFT_CONFIG), {}, workspace)
 
 
 def _base_name(config: Path) -> str:
     """What a PEFT configuration says of its origin, for want of a name."""
     base = notes.read_notes(config).get("base_model_name_or_path")
     return f"peft {PurePosixPath(base).name}" if isinstance(base, str) and base else "peft adapter"
-
-
-def _import_peft(folder: Path, name: str, workspace: Path) -> Imported:
-    return _take(folder, name, {}, workspace)
 
 
 # --- single files ----------------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
     Any: values as a form, a file or another program gives them.
     """
-    prompt, tags = split_tags(str(values.get("prompt", "")))
+    prompt, tags = split_tags(str(values.get("prompt") or ""))
     if not prompt:
         raise UserError("The prompt is empty.", do="Say what to draw.")
     used = [{"name": name, "strength": strength, "te_strength": te} for name, strength, te in tags]

@@ -23,7 +23,7 @@ from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery.notes import Notes, changed_notes, new_notes, read_notes, write_notes
 
 ENDING = ".safetensors"
-PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICTURES = tuple(
     f"{kind}{ending}" for kind in ("", ".preview") for ending in (".png", ".webp", ".jpg", ".jpeg", ".gif")
 )
@@ -105,12 +105,21 @@ def copied(file: Path, folder: Path) -> Iterator[Path]:
     try:
         _remove(copy)
         if file.is_dir():
-            shutil.copytree(file, copy)
+            _copy_peft(file, copy)
         else:
             shutil.copyfile(file, copy)
         yield copy
     finally:
         _remove(copy)
+
+
+def _copy_peft(folder: Path, copy: Path) -> None:
+    """Copy what makes up a PEFT adapter, and nothing that may lie around it."""
+    for file in folder.rglob("*"):
+        if file.name in (PEFT_CONFIG, PEFT_WEIGHTS) and file.is_file():
+            target = copy / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target)
 
 
 def _remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,8 @@ Factor = Annotated[int, typer.Option(help="LoKr: size of the small factor.")]
 Block = Annotated[int, typer.Option(help="OFT: size of the rotated blocks.")]
 Title = Annotated[str, typer.Option(help="The result's name.")]
 Picture = Annotated[str, typer.Option(help="Draw this prompt with the exact change and with the file, same seeds.")]
+
+TELL_EVERY = 0.5  # seconds
 
 
 def register(app: typer.Typer) -> None:
@@ -273,12 +276,17 @@ def _draw(model: str, prompt: str, exact: Path, result: Path, beside: Path) -> P
 
 
 def follow(steps: Iterator[Any], *, as_json: bool) -> Any:
-    """Run a work to its end with a bar on standard error. Any: progress and the result are told apart by the caller."""
+    """Run a work to its end with a bar on standard error, or "12 of 80" line by line where that is no terminal.
+
+    Any: progress and the result are told apart by the caller.
+    """
     from rich.console import Console
     from rich.progress import Progress as Bar
 
+    console = Console(stderr=True)
     last: Any = None
-    with Bar(console=Console(stderr=True), transient=True, disable=as_json) as bar:
+    told = 0.0
+    with Bar(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
         task = bar.add_task("Working", total=None)
         for step in steps:
             last = step
@@ -289,6 +297,9 @@ def follow(steps: Iterator[Any], *, as_json: bool) -> Any:
             )
             if total is not None:
                 bar.update(task, completed=done, total=total)
+                if not as_json and not console.is_terminal and (done == total or time.monotonic() - told > TELL_EVERY):
+                    told = time.monotonic()
+                    typer.echo(f"{done} of {total}", err=True)
     return last
 
 

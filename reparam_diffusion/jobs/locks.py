@@ -27,6 +27,14 @@ def device_lock(device: str) -> Path:
     return Path(tempfile.gettempdir()) / f"reparam-diffusion-{name}.lock"
 
 
+def device_name(device: str) -> str:
+    """A device's name with its number, under which it is locked: "auto" and "cuda" may mean the same one."""
+    from reparam_diffusion.models.precision import pick_device
+
+    place = pick_device(device)
+    return place.type if place.type == "cpu" else f"{place.type}:{place.index or 0}"
+
+
 def is_held(lock: Path) -> bool:
     """Whether a living process holds the lock."""
     if not lock.exists():

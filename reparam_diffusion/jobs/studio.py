@@ -1,7 +1,8 @@
 """The studio's requests: folders under studio/requests/ that ask for pictures, and tell what became of them.
 
-    <time>/  request.json   what to draw      events.jsonl  what happened      ask/  "cancel", "ahead"
-             looks/         early looks       todo          there until it has ended
+    requests/<time>/  request.json  what to draw    events.jsonl  what happened    ask/  "cancel", "ahead"
+                      todo          there until it has ended
+    looks/<time>/     <number>.webp, early looks at its pictures
 
 Whoever asks writes a folder and looks at it; jobs.studio_worker, one process a workspace, draws.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import datetime
 import shutil
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -87,6 +89,11 @@ def workspace_of(folder: Path) -> Path:
     return folder.resolve().parents[2]
 
 
+def looks_of(folder: Path) -> Path:
+    """Where early looks at a request's pictures are; a folder of its own, since browsers fetch from it."""
+    return folder.parents[1] / "looks" / folder.name
+
+
 def log_file(workspace: Path) -> Path:
     """Where the studio's output goes."""
     return studio_of(workspace) / "log.txt"
@@ -124,9 +131,11 @@ def _new_folder(requests: Path) -> Path:
 
 def wake(workspace: Path, folder: Path | None = None) -> None:
     """Start the studio unless it is there; `folder` is the request that it is started for."""
-    if locks.is_held(studio_lock(workspace)):
-        return
     studio_of(workspace).mkdir(parents=True, exist_ok=True)
+    with locks.try_hold(studio_lock(workspace), patience=0.1) as is_free:  # whoever looks holds it for an instant
+        pass
+    if not is_free:
+        return
     with log_file(workspace).open("ab") as log:
         process = worker.start_detached([sys.executable, "-m", MODULE, str(workspace.resolve())], log)
     if folder is not None:
@@ -158,7 +167,7 @@ def adapter_file(name: str, workspace: Path) -> Path:
         if file.is_relative_to(workspace / "runs") and file.suffix == ".safetensors" and file.is_file():
             return file
         raise UserError(f"The checkpoint {name} is not there.", "It may have been deleted.", "Choose another one.")
-    if "/" in name or "\\" in name:
+    if "/" in name or "\\" in name or name.startswith("~"):
         raise UserError(f'"{name}" is no adapter of this gallery.', do="Use its name there.")
     return shelf.find(name, workspace)
 
@@ -183,19 +192,52 @@ def read_request(folder: Path) -> Request:
         raise UserError("This request cannot be read.", str(error).splitlines()[0]) from None
 
 
+def find_request(workspace: Path, name: str | None) -> Path | None:
+    """The folder of a request by its name; None when it is not there."""
+    folder = studio_of(workspace) / "requests" / (name or "-")
+    is_name = name is not None and name.replace("-", "").isdecimal()
+    return folder if is_name and (folder / "request.json").is_file() else None
+
+
+class Reader:
+    """Looks at requests again and again, each time reading only what is new. Any number of threads may look."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[int, list[e.Event]]] = {}
+        self._lock = threading.Lock()
+
+    def state_of(self, folder: Path) -> RequestState:
+        """Where a request stands now."""
+        held = locks.is_held(studio_lock(workspace_of(folder)))  # asked first: who lets go of it has written before
+        with self._lock:
+            offset, events = self._known.get(folder, (0, []))
+            new, offset = runs.read_events(folder, offset)
+            for event in new:
+                if isinstance(event, e.Prepared) and events and isinstance(events[-1], e.Prepared):
+                    events[-1] = event  # only the last one counts
+                else:
+                    events.append(event)
+            self._known[folder] = offset, events
+            while len(self._known) > KEPT:
+                del self._known[next(iter(self._known))]
+            return _seen(folder, tuple(events), held=held)
+
+
 def state_of(folder: Path) -> RequestState:
-    """Where a request stands now."""
-    workspace = workspace_of(folder)
-    held = locks.is_held(studio_lock(workspace))  # asked first: whoever lets go of it has written before
-    events, _ = runs.read_events(folder)
-    state = _folded(events, workspace)
+    """Where a request stands now, read from the start."""
+    return Reader().state_of(folder)
+
+
+def _seen(folder: Path, events: Sequence[e.Event], *, held: bool) -> RequestState:
+    """What events say, and what they cannot: a cancel that nobody has read, a studio that is gone, early looks."""
+    state = _folded(events, workspace_of(folder))
     if not state.is_live:
         return state
     if is_asked(folder, "cancel") and state.state == "queued":
         return replace(state, state="cancelled")
     if not held and not any(isinstance(event, e.Launched) and _lives(event) for event in events):
         return replace(state, state="lost", message="The studio ended without a word. Draw again to start it anew.")
-    looks = {int(file.stem): file for file in (folder / "looks").glob("*.webp") if file.stem.isdecimal()}
+    looks = {int(file.stem): file for file in looks_of(folder).glob("*.webp") if file.stem.isdecimal()}
     return replace(state, looks={number: file for number, file in looks.items() if number not in state.pictures})
 
 
@@ -239,3 +281,4 @@ def tidy(workspace: Path) -> None:
     for folder in list_requests(workspace)[KEPT:]:
         if not (folder / "todo").exists():
             shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(looks_of(folder), ignore_errors=True)

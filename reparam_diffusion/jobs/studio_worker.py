@@ -12,6 +12,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,7 @@ class Studio:
         """Leave an accelerator's memory to whoever holds it now."""
         if self._easel is None or self._easel.model.device.type == "cpu":
             return
-        if locks.is_held(locks.device_lock(device_name(str(self._easel.model.device)))):
+        if locks.is_held(locks.device_lock(locks.device_name(str(self._easel.model.device)))):
             self.forget()
 
 
@@ -81,14 +82,6 @@ def _model_path(model: str, workspace: Path) -> str:
         if place.exists():
             return str(place)
     return model
-
-
-def device_name(device: str) -> str:
-    """The name under which a device is locked; "auto" is the one that is picked."""
-    from reparam_diffusion.models.precision import pick_device
-
-    place = pick_device(device)
-    return place.type if place.type == "cpu" else f"{place.type}:{place.index or 0}"
 
 
 # --- one request -----------------------------------------------------------------------------------------------------
@@ -136,14 +129,14 @@ def _explained(error: Exception, kept: Studio) -> e.Failed:
 def _drawn(folder: Path, kept: Studio, log: runs.EventLog) -> Iterator[bool]:
     request = studio.read_request(folder)
     drawn: list[tuple[Image, Recipe]] = []
-    lock = locks.device_lock(device_name(request.device))
+    lock = locks.device_lock(locks.device_name(request.device))
 
     def is_over() -> bool:
         return studio.is_asked(folder, "cancel") or bool(kept.stop())
 
     while len(drawn) < len(request.recipes) and not is_over():
         with ExitStack() as held:
-            if studio.is_asked(folder, "ahead") or held.enter_context(locks.try_hold(lock)):
+            if studio.is_asked(folder, "ahead") or held.enter_context(locks.try_hold(lock, patience=0.1)):
                 drawn += _next_pictures(folder, kept, log, request, first=len(drawn), is_over=is_over)
                 got_on = True
             else:
@@ -183,8 +176,7 @@ def _next_pictures(
     if is_too_long(model, recipe.prompt):
         log.append(e.Warned("The prompt is longer than this model reads; its end has no effect."))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
-    looks = folder / "looks"
-    looks.mkdir(exist_ok=True)
+    looks = studio.looks_of(folder)
 
     def on_step(done: int, total: int) -> bool:
         share = done * len(seeds) / total
@@ -254,7 +246,7 @@ def serve(workspace: Path, *, idle: float = IDLE, stop: Callable[[], str] = lamb
     workspace = workspace.resolve()
     kept = Studio(workspace, stop)
     while True:
-        with locks.try_hold(studio.studio_lock(workspace)) as held:
+        with locks.try_hold(studio.studio_lock(workspace), patience=1.0) as held:
             if not held:
                 return
             _serve(workspace, kept, idle=idle, stop=stop)
@@ -262,23 +254,35 @@ def serve(workspace: Path, *, idle: float = IDLE, stop: Callable[[], str] = lamb
             return
 
 
+@dataclass
+class _Job:
+    """A request that is being drawn, the base model it needs, and whether it waits for the device."""
+
+    folder: Path
+    model: str
+    steps: Iterator[bool]
+    waits: bool = False
+
+
 def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str]) -> None:
-    """A round goes through all requests; each gets one picture further."""
+    """A round gets each request one picture further; those that need another base model wait for its turn."""
     _give_up_lost(workspace)
-    jobs: dict[Path, Iterator[bool]] = {}
+    jobs: list[_Job] = []
     last = time.monotonic()
     while not stop():
-        for folder in studio.todo(workspace):
-            if folder not in jobs:
-                jobs[folder] = draw_request(folder, kept)
+        known = {job.folder for job in jobs}
+        jobs += [_new_job(folder, kept) for folder in studio.todo(workspace) if folder not in known]
+        leader = next((job.model for job in jobs if not job.waits), "")
         got_on = False
-        for folder, job in list(jobs.items()):
-            went = next(job, None)
-            got_on = got_on or bool(went)
+        for job in [job for job in jobs if job.waits or job.model == leader]:
+            went = next(job.steps, None)
+            job.waits = went is False
             if went is None:
-                del jobs[folder]
+                jobs.remove(job)
+                studio.tidy(workspace)
             elif went and any(state.state == "queued" for _, state in kept.overview.look()):
                 time.sleep(GIVE_WAY)
+            got_on = got_on or bool(went)
         if jobs:
             last = time.monotonic()
         if not got_on:
@@ -286,8 +290,16 @@ def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str
             time.sleep(LOOK_AGAIN)
         if not jobs and time.monotonic() - last > idle:
             return
-    for job in jobs.values():
-        deque(job, maxlen=0)  # each sees that it is over, and says so
+    for job in jobs:
+        deque(job.steps, maxlen=0)  # each sees that it is over, and says so
+
+
+def _new_job(folder: Path, kept: Studio) -> _Job:
+    try:
+        model = studio.read_request(folder).recipes[0].model
+    except UserError:  # drawing it will tell
+        model = ""
+    return _Job(folder, model, draw_request(folder, kept))
 
 
 def _give_up_lost(workspace: Path) -> None:
@@ -298,7 +310,6 @@ def _give_up_lost(workspace: Path) -> None:
             with runs.EventLog(folder) as log:
                 log.append(e.Failed("The studio ended without a word.", "It may have been killed.", "Draw it again."))
             (folder / "todo").unlink(missing_ok=True)
-    studio.tidy(workspace)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -120,11 +120,8 @@ def _on_device(
 
 
 def device_of(config: TrainConfig) -> str:
-    """The device's name with its number: two runs on "auto" and "cuda" may mean the same one."""
-    from reparam_diffusion.models.precision import pick_device
-
-    device = pick_device(config.model.device)
-    return device.type if device.type == "cpu" else f"{device.type}:{device.index or 0}"
+    """The name under which the run's device is locked."""
+    return locks.device_name(config.model.device)
 
 
 def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None, *, step: int) -> e.Event:

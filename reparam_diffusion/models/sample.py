@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.decode import Watcher, decode, look
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -49,21 +51,24 @@ def draw(
     True the drawing ends early with no pictures.
     """
     steps = model.habits.steps if steps is None else steps
-    most = int(model.scheduler.config.num_train_timesteps)
-    if not 1 <= steps <= most:
-        raise UserError(f"{steps} sampling steps are not possible.", do=f"Take 1 to {most}.")
-    if any(not 0 <= seed < 2**63 for seed in seeds):
-        raise UserError("A seed is out of range.", do="Take a whole number from 0 to 9223372036854775807.")
     guidance = model.habits.guidance if guidance is None else guidance
     negative = model.habits.negative if negative is None else negative
     width, height = width or model.size, height or model.size
-    _check_size(model, width, height)
+    _check(model, seeds, steps=steps, width=width, height=height)
     pictures: list[Image] = []
     room = at_once(model.device, width, height)
     with torch.no_grad():
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
-        pipe = _pipeline(model, make_scheduler(model.scheduler, scheduler))
+        fresh = make_scheduler(model.scheduler, scheduler)
+        watcher = None if on_look is None else Watcher(fresh)
+        pipe = pipeline_over(model.parts, vae=model.vae, tokenizers=model.tokenizers, scheduler=fresh)
+        pipe.set_progress_bar_config(disable=True)
         rounds = [seeds[start : start + room] for start in range(0, len(seeds), room)]
+
+        def early(number: int) -> None:
+            if on_look is not None and watcher is not None and watcher.clean is not None:
+                on_look(number, look(model, watcher.clean))
+
         for number, chunk in enumerate(rounds):
             out = pipe(
                 **_conditioning(text, len(chunk)),
@@ -72,9 +77,7 @@ def draw(
                 width=width,
                 height=height,
                 generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                callback_on_step_end=_progress(
-                    model, pipe, on_step, on_look, number=number, rounds=len(rounds), first=len(pictures)
-                ),
+                callback_on_step_end=_progress(on_step, partial(early, len(pictures)), number, len(rounds)),
                 output_type="latent",
             ).images
             if getattr(pipe, "was_cancelled", False):
@@ -90,20 +93,17 @@ def at_once(device: torch.device, width: int, height: int) -> int:
 
 
 def _progress(
-    model: Model, pipe: Any, on_step: OnStep | None, on_look: OnLook | None, *, number: int, rounds: int, first: int
+    on_step: OnStep | None, early: Callable[[], None], number: int, rounds: int
 ) -> Callable[..., dict[str, Any]]:
     """What the pipeline calls after each step: tells how far it is, gives early looks, and hears of a cancel."""
-    watcher = None if on_look is None else Watcher(pipe.scheduler)
 
     def told(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         steps = pipe.num_timesteps  # Heun goes twice through most
         if on_step is not None and on_step(number * steps + step + 1, rounds * steps):
             pipe._interrupt = True
             pipe.was_cancelled = True
-            return values
-        is_due = (step + 1) % min(max(2, steps // LOOKS), LOOK_EVERY) == 0 and step + 1 < steps
-        if on_look is not None and watcher is not None and watcher.clean is not None and is_due:
-            on_look(first, look(model, watcher.clean))
+        elif (step + 1) % min(max(2, steps // LOOKS), LOOK_EVERY) == 0 and step + 1 < steps:
+            early()
         return values
 
     return told
@@ -122,33 +122,13 @@ def _conditioning(text: Encoded, count: int) -> dict[str, Any]:
     return values
 
 
-def _pipeline(model: Model, scheduler: Any) -> Any:
-    """diffusers' pipeline over the model's own parts. Any: diffusers' classes."""
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-
-    from reparam_diffusion.models.quiet import quiet
-
-    parts: dict[str, Any] = {
-        "vae": model.vae,
-        "unet": model.unet,
-        "text_encoder": model.text_encoders[0],
-        "tokenizer": model.tokenizers[0],
-        "scheduler": scheduler,
-    }
-    with quiet():
-        if model.family == "sdxl":
-            pipe = StableDiffusionXLPipeline(
-                **parts, text_encoder_2=model.text_encoders[1], tokenizer_2=model.tokenizers[1], add_watermarker=False
-            )
-        else:
-            pipe = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _check_size(model: Model, width: int, height: int) -> None:
+def _check(model: Model, seeds: Sequence[int], *, steps: int, width: int, height: int) -> None:
+    """Raises UserError for what this model cannot draw."""
+    most = int(model.scheduler.config.num_train_timesteps)
+    if not 1 <= steps <= most:
+        raise UserError(f"{steps} sampling steps are not possible.", do=f"Take 1 to {most}.")
+    if any(not 0 <= seed < 2**63 for seed in seeds):
+        raise UserError("A seed is out of range.", do="Take a whole number from 0 to 9223372036854775807.")
     step = model.size_step
     if width % step or height % step or min(width, height) < step:
         raise UserError(

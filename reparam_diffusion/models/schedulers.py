@@ -29,7 +29,7 @@ def make_scheduler(own: Any, name: str = "") -> Any:
 
     Raises UserError for an unknown name, and for a kind that cannot do what the model was trained for.
     """
-    if not name:
+    if not name or name == own_name(own):
         return type(own).from_config(own.config)
     if name not in SCHEDULERS:
         raise UserError(f'There is no scheduler called "{name}".', do=f"Choose one of {', '.join(SCHEDULERS)}.")

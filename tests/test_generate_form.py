@@ -1,0 +1,114 @@
+"""The Generate tab's plain functions: what its controls show is what is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery.recipe import Recipe, Use
+from reparam_diffusion.jobs import studio
+from reparam_diffusion.models.schedulers import SCHEDULERS
+from ui import generate_form as form
+from ui import generate_view
+from ui.generate_acts import GenerateTab
+from ui.generate_tab import build_generate_tab, open_with
+
+STRENGTHS = st.integers(-300, 300).map(lambda n: n / 100)
+WORDS = st.text("abcdefgh äß,.", min_size=1, max_size=30).map(lambda text: text.strip(" ,")).filter(bool)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> GenerateTab:
+    workspace = tmp_path_factory.mktemp("workspace")
+    for name, facts in (("teddy", {"activation text": "sks toy", "preferred weight": 0.7}), ("style", {})):
+        file = workspace / f"{name}.safetensors"
+        file.write_bytes(name.encode())
+        shelf.add(file, workspace, name=name, facts=facts)
+    with gr.Blocks(analytics_enabled=False):
+        return build_generate_tab(workspace)
+
+
+def values_of(tab: GenerateTab, updates: form.Updates | None = None) -> dict[Any, Any]:
+    """What the controls hold: their first values, changed by a handler's updates."""
+    held = {control: control.value for control in tab.controls.inputs()}
+    for control, update in (updates or {}).items():
+        if control in held:
+            held[control] = update.get("value", held[control]) if isinstance(update, dict) else update
+    return held
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    uses = st.builds(
+        Use, name=st.sampled_from(["teddy", "style"]), strength=STRENGTHS, te_strength=st.none() | STRENGTHS
+    )
+    return Recipe(
+        prompt=" ".join(draw(WORDS).split()),
+        negative=draw(WORDS),
+        adapters=tuple(draw(st.lists(uses, max_size=8))),
+        seed=draw(st.integers(0, 2**53)),
+        steps=draw(st.integers(1, 1000)),
+        guidance=draw(st.floats(0, 100)),
+        scheduler=draw(st.sampled_from(list(SCHEDULERS))),
+        width=draw(st.integers(8, 8192)),
+        height=draw(st.integers(8, 8192)),
+        clip_skip=draw(st.integers(0, 12)),
+    )
+
+
+@given(before=recipes(), recipe=recipes())
+def test_what_a_restored_recipe_shows_is_the_recipe_whatever_was_there(
+    tab: GenerateTab, before: Recipe, recipe: Recipe
+) -> None:
+    held = values_of(tab, form.show_recipe(tab.controls, before, tab.workspace))
+    updates = form.show_recipe(tab.controls, recipe, tab.workspace)
+    held |= {control: values_of(tab, updates)[control] for control in updates if control in held}
+    assert form.read_recipe(tab.controls, held, seed=int(held[tab.controls.seed])) == recipe
+    assert set(updates) <= set(tab.changing())
+
+
+def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: GenerateTab) -> None:
+    held = values_of(tab, form.show_uses(tab.controls, [Use(name="teddy"), Use(name="style")], tab.workspace))
+    held |= {tab.controls.prompt: "a toy <lora:teddy:0.3:0.1>", tab.controls.rows[0].on: False}
+    recipe = form.read_recipe(tab.controls, held, seed=1)
+    assert recipe.prompt == "a toy"
+    assert recipe.adapters == (Use(name="style"), Use(name="teddy", strength=0.3, te_strength=0.1))
+
+
+def test_trying_an_adapter_starts_at_its_preferred_strength_with_words_that_call_it(tab: GenerateTab) -> None:
+    updates = open_with(tab, ["teddy"])
+    held = values_of(tab, updates)
+    assert form.read_recipe(tab.controls, held, seed=0).adapters == (Use(name="teddy", strength=0.7),)
+    assert held[tab.controls.prompt] == "a 3d icon of sks toy on a pink background"
+    assert open_with(tab, ["teddy"], "my words")[tab.controls.prompt] == "my words"
+    assert set(updates) <= set(tab.changing())
+
+
+def test_an_empty_prompt_is_told(tab: GenerateTab) -> None:
+    with pytest.raises(UserError, match="prompt is empty"):
+        form.read_recipe(tab.controls, values_of(tab), seed=0)
+
+
+def test_nothing_that_a_person_wrote_becomes_markup(tab: GenerateTab) -> None:
+    evil = '<img src=x onerror="alert(1)">'
+    recipe = Recipe(prompt=evil)
+    for request in (
+        studio.Request(recipes=(recipe,), kind="sweep", about=evil, labels=(evil,)),
+        studio.Request(recipes=(recipe,), kind="grid", about=evil, rows=(evil,), columns=(evil,)),
+    ):
+        state = studio.RequestState(state="failed", message=evil, warnings=(evil,))
+        shown = generate_view.figures_of(tab.workspace, request, state, "")
+        shown += generate_view.progress_of(request, state, is_cancelling=False, holder=Path(evil))
+        assert "<img src=x" not in shown and "&lt;img" in shown
+
+
+@pytest.mark.parametrize("name", ["../adapters/teddy.json", "/etc/passwd", "", "2026-01-01/none.png"])
+def test_only_pictures_of_the_history_can_be_picked(tab: GenerateTab, name: str) -> None:
+    assert generate_view.picked_picture(tab.workspace, name) is None
