@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from reparam_diffusion.errors import UserError
@@ -64,7 +65,8 @@ def find_source(path_or_id: str | Path, *, fetch: bool = True) -> Source:
         _check_kind(path.name, path)
         return Source(path.name, path, folder=path)
     if path.exists():
-        checkpoint = read_checkpoint(path)
+        status = path.stat()
+        checkpoint = _checkpoint(path, status.st_mtime_ns, status.st_size)
         return Source(path.name, checkpoint.configs, checkpoint=checkpoint)
     asked = str(path_or_id)
     if asked.count("/") != 1 or asked.startswith((".", "/", "~")):
@@ -72,6 +74,12 @@ def find_source(path_or_id: str | Path, *, fetch: bool = True) -> Source:
     configs = _hub_configs(asked, fetch=fetch)
     _check_kind(asked, configs)
     return Source(asked, configs)
+
+
+@lru_cache(maxsize=8)
+def _checkpoint(file: Path, changed: int, size: int) -> Checkpoint:
+    """What a file was when it was changed and as large as that; the page asks often."""
+    return read_checkpoint(file)
 
 
 def _check_kind(name: str, configs: Path) -> None:

@@ -98,6 +98,26 @@ class Ledger(TorchDispatchMode):
         self.live -= size
 
 
+@contextmanager
+def _fused_attention() -> Iterator[None]:
+    """Attention as real devices compute it, without the matrix of scores that the meta device would hold.
+
+    A torch function mode would be off while checkpointing recomputes, so the function itself is exchanged.
+    """
+    plain = nn.functional.scaled_dot_product_attention
+
+    def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # Any: masks and numbers
+        known = {name: options[name] for name in ("is_causal", "attn_mask", "scale") if name in options}
+        out: Tensor = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, **known)[0]
+        return out
+
+    nn.functional.scaled_dot_product_attention = fused  # type: ignore[assignment]  # for this body only
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = plain
+
+
 def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
     """What a run on a "cpu" or a "cuda" device needs, from its model's outline in the run's number format.
 
@@ -150,7 +170,7 @@ def _bytes(module: nn.Module) -> int:
 @contextmanager
 def _counted(*modules: nn.Module) -> Iterator[Ledger]:
     known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    with Ledger(known) as ledger:
+    with Ledger(known) as ledger, _fused_attention():
         yield ledger
 
 
