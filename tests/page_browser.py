@@ -91,7 +91,7 @@ def open_pages(browser: Browser, served: Served) -> Iterator[Open]:
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)  # type: ignore[arg-type]
         contexts.append(context)
         page = context.new_page()
-        page.on("console", lambda message: took(message.text) if message.type == "error" else None)
+        page.on("console", lambda said: took(f"{said.text} ({said.location['url']})") if said.type == "error" else None)
         page.on("pageerror", lambda error: took(str(error)))
         page.goto(served.address)
         expect(page.get_by_role("tab", name="Train")).to_be_visible()
@@ -100,7 +100,7 @@ def open_pages(browser: Browser, served: Served) -> Iterator[Open]:
     yield opened
     for context in contexts:
         context.close()
-    assert errors == []
+    assert not errors, "\n".join(errors)
 
 
 @contextmanager

@@ -36,7 +36,10 @@ Updates = dict[Any, Any]
 
 @dataclass(frozen=True)
 class TrainTab:
-    """The controls that handlers read and change. `shown` are the defaults on show; `kept` survives a reload."""
+    """The controls that handlers read and change.
+
+    `shown` are the defaults on show, `marked` is a mistake (place and value), `kept` survives a reload.
+    """
 
     form: Form
     pictures: Pictures
@@ -80,7 +83,7 @@ def build_train_tab(workspace: Path) -> TrainTab:
     settings = draw_advanced(form, workspace)
     first = gr.State(starting.defaults(workspace, presets.FIRST, "subject", "lora"))
     kept = gr.BrowserState({}, storage_key="reparam-train", secret="reparam-train")
-    tab = TrainTab(form, pictures, captions, start, trouble, told, settings, first, gr.State(""), kept)
+    tab = TrainTab(form, pictures, captions, start, trouble, told, settings, first, gr.State(None), kept)
     words = {place: form.controls[place] for place in ("data.trigger", "data.class_word", "data.kind")}
     connect_pictures(workspace, pictures, captions, words)
     connect_describing(workspace, pictures, captions)
@@ -186,15 +189,18 @@ def _connect_memory(workspace: Path, tab: TrainTab) -> None:
 
 
 def _connect_marks(workspace: Path, tab: TrainTab) -> None:
-    """A control that was marked wrong is so until somebody changes something."""
+    """A control that was marked wrong is so until its value is another one."""
     form = tab.form
 
-    def unmark(marked: str) -> Updates:
-        return {**form.unmarked(marked), tab.marked: "", tab.trouble: ""} if marked else {tab.marked: gr.skip()}
+    def unmark(values: Mapping[Any, Any]) -> Updates:
+        marked = values[tab.marked]
+        if not marked or values[form.controls[marked[0]]] == marked[1]:
+            return {tab.marked: gr.skip()}
+        return {**form.unmarked(marked[0]), tab.marked: None, tab.trouble: ""}
 
     outputs = [*form.controls.values(), tab.marked, tab.trouble]
     changes = [control.input for control in form.controls.values()]
-    gr.on(changes, guarded(unmark, workspace), tab.marked, outputs, **QUIET)
+    gr.on(changes, guarded(unmark, workspace), {tab.marked, *form.controls.values()}, outputs, **QUIET)
 
 
 def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
@@ -260,9 +266,9 @@ def _draft_controls(tab: TrainTab) -> list[Any]:
 def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Path | None, Updates]:
     """Start a run from what the form shows; a mistake is told at the button and at its control."""
     form = tab.form
-    updates: Updates = {tab.trouble: "", tab.marked: ""}
+    updates: Updates = {tab.trouble: "", tab.marked: None}
     if values[tab.marked]:
-        updates |= form.unmarked(values[tab.marked])
+        updates |= form.unmarked(values[tab.marked][0])
     method = values[form.controls["method"]]
     try:
         settings = form.settings(form.read(values))
@@ -271,7 +277,8 @@ def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Pa
         updates[tab.trouble] = f'<p class="callout bad" role="alert"><strong>{escape(str(error))}</strong></p>'
         place = starting.at_control(error.place, method)
         if place in form.controls:
-            updates |= {**form.marked(place, str(error).removeprefix(f"{error.place}: ")), tab.marked: place}
+            mark = form.marked(place, str(error).removeprefix(f"{error.place}: "))
+            updates |= {**mark, tab.marked: [place, values[form.controls[place]]]}
             if place in form.fields or place == "model.path":
                 group = place.partition(".")[0]
                 updates |= {tab.advanced.panel: gr.update(open=True), tab.advanced.tabs: gr.Tabs(selected=group)}
