@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from test_gallery_index import put
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
@@ -112,3 +114,22 @@ def test_nothing_that_a_person_wrote_becomes_markup(tab: GenerateTab) -> None:
 @pytest.mark.parametrize("name", ["../adapters/teddy.json", "/etc/passwd", "", "2026-01-01/none.png"])
 def test_only_pictures_of_the_history_can_be_picked(tab: GenerateTab, name: str) -> None:
     assert generate_view.picked_picture(tab.workspace, name) is None
+
+
+@pytest.mark.parametrize(("noted", "shown"), [(0, 0.0), (2.5, 2.0), (-7, -2.0), ("much", 1.0)])
+def test_a_preferred_strength_is_taken_as_far_as_the_slider_goes(tmp_path: Path, noted: object, shown: float) -> None:
+    put(tmp_path, "one", notes={"preferred weight": noted})
+    assert form.use_of("one", tmp_path).strength == shown
+
+
+def test_the_shelf_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Path] = []
+    plain = shelf.list_adapters
+    monkeypatch.setattr(shelf, "list_adapters", lambda workspace: looks.append(workspace) or plain(workspace))
+    folder = put(tmp_path, "one").parent
+    assert form.adapter_choices(tmp_path) == form.adapter_choices(tmp_path) == [("None", ""), ("one", "one")]
+    assert form.use_of("one", tmp_path) == Use(name="one") and form.trigger_of("runs/a/b.safetensors", tmp_path) == ""
+    assert len(looks) == 1
+    put(tmp_path, "two")
+    os.utime(folder, ns=(1, 1))
+    assert {stem for _, stem in form.adapter_choices(tmp_path)} == {"", "one", "two"}
