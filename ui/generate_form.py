@@ -169,6 +169,11 @@ def model_choices(workspace: Path) -> list[tuple[str, str]]:
     return [(one.title, one.path if one.path == "starter" else one.title) for one in known_models(workspace)]
 
 
+def is_model_known(model: str, workspace: Path) -> bool:
+    """Whether a base model can be tried: it is offered here, or it says where it is, as hub ids and paths do."""
+    return "/" in model or "\\" in model or model in {value for _, value in model_choices(workspace)}
+
+
 def model_path(model: str, workspace: Path) -> str | Path:
     """Where a model's small files may lie."""
     own = workspace / "models" / model
