@@ -152,11 +152,16 @@ def test_after_a_reload_the_form_is_as_it_was_asked_for(tab: GenerateTab, monkey
     assert tab.controls.prompt not in open_drawing(tab, None)
 
 
-def test_a_base_model_that_is_not_known_here_is_not_taken_over(tab: GenerateTab, tmp_path: Path) -> None:
+def test_a_base_model_that_is_not_known_here_is_not_taken_over(
+    tab: GenerateTab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(gr, "Warning", said.append)
     for model, is_taken in (("someones-mix-v3", False), ("starter", True), ("owner/model", True)):
         recipe = Recipe(prompt="a toy", steps=3, guidance=2, width=64, height=64, model=model)
         file = images.save_picture(Image.new("RGB", (8, 8)), recipe, tmp_path / "picture.png")
         assert (restore(tab, file)[tab.controls.model] == model) == is_taken
+    assert len(said) == 1 and "someones-mix-v3" in said[0]
 
 
 def test_no_program_waits_for_ever_and_is_told_in_plain_text(
