@@ -19,6 +19,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.identify import count_pictures, guess_trigger
 from reparam_diffusion.gallery import catalog, importing, shelf
 from reparam_diffusion.gallery.importing import Imported, import_files
+from ui import gallery_cards
 
 
 @pytest.fixture
@@ -275,3 +276,20 @@ def test_the_trigger_is_the_folders_word_or_the_tag_that_all_pictures_have(
 def test_pictures_are_counted_once_not_once_a_repeat() -> None:
     assert count_pictures(kohya("10_sks", 9)) == 9
     assert count_pictures({}) == 0
+
+
+def test_only_what_is_new_is_counted_as_imported(tmp_path: Path, dropped: Path) -> None:
+    first, second = lora(dropped, "one"), lora(dropped, "two", rank=2)
+    import_files([first], tmp_path)
+    assert "1 adapter imported." in gallery_cards.imports_of(import_files([first, second], tmp_path))
+
+
+def test_a_peft_folder_is_downloaded_as_one_file_that_can_be_imported(tmp_path: Path, dropped: Path) -> None:
+    (told,) = import_files([peft(dropped / "cat")], tmp_path)
+    assert told.file is not None
+    before = shelf.names_in(told.file.parent)
+    entry = catalog.entry_at(told.file, tmp_path)
+    assert gallery_cards.head_of(entry, None).count("Download cat.zip") == 1
+    assert shelf.names_in(told.file.parent) == before
+    (again,) = import_files([tmp_path / ".cache" / "zips" / "cat.zip"], tmp_path)
+    assert again.file == told.file and not again.is_new

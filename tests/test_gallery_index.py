@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import catalog, index, shelf
+from reparam_diffusion.gallery.report import report_lines, report_of
+from ui import gallery_cards, gallery_look
 
 SITE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 LEAVES = {
@@ -208,3 +210,17 @@ def test_two_thousand_adapters_are_listed_and_told_how_quickly(
         seconds.append(time.perf_counter() - begun)
     with capsys.disabled():
         sys.stdout.write(f"\n2,000 adapters: {seconds[0]:.2f} s cold, {seconds[1]:.2f} s warm\n")
+
+
+@pytest.mark.parametrize("steps", ["²", "9" * 5000, "-3", "many", ""])
+def test_a_count_of_steps_that_is_none_is_left_out(tmp_path: Path, steps: str) -> None:
+    report = report_of(put(tmp_path, "odd", ss_steps=steps, ss_network_module="some.tool"))
+    assert not any(line.startswith("Trained") for line in report_lines(report))
+    assert "Trained" not in gallery_cards.head_of(catalog.entry_at(shelf.at("odd", tmp_path), tmp_path), report)
+
+
+@pytest.mark.parametrize(("noted", "used"), [(0, 0.0), (2.5, 2.5), ("0.5", 0.5), (None, 1.0), ("strong", 1.0)])
+def test_a_preferred_strength_of_zero_is_a_strength(tmp_path: Path, noted: object, used: float) -> None:
+    file = put(tmp_path, "one", notes={"preferred weight": noted})
+    assert catalog.entry_at(file, tmp_path).strength == used
+    assert gallery_look.notes_of(shelf.shelved_at(file))["preferred weight"] == used

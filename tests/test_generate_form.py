@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import gradio as gr
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from test_gallery_index import put
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use
-from reparam_diffusion.jobs import studio
+from reparam_diffusion.jobs import locks, studio
 from reparam_diffusion.models.schedulers import SCHEDULERS
+from ui import generate_api, generate_view
 from ui import generate_form as form
-from ui import generate_view
-from ui.generate_acts import GenerateTab
+from ui.door import guarded
+from ui.generate_acts import GenerateTab, open_drawing, restore
 from ui.generate_tab import build_generate_tab, open_with
 
 STRENGTHS = st.integers(-300, 300).map(lambda n: n / 100)
@@ -112,3 +116,68 @@ def test_nothing_that_a_person_wrote_becomes_markup(tab: GenerateTab) -> None:
 @pytest.mark.parametrize("name", ["../adapters/teddy.json", "/etc/passwd", "", "2026-01-01/none.png"])
 def test_only_pictures_of_the_history_can_be_picked(tab: GenerateTab, name: str) -> None:
     assert generate_view.picked_picture(tab.workspace, name) is None
+
+
+@pytest.mark.parametrize(("noted", "shown"), [(0, 0.0), (2.5, 2.0), (-7, -2.0), ("much", 1.0)])
+def test_a_preferred_strength_is_taken_as_far_as_the_slider_goes(tmp_path: Path, noted: object, shown: float) -> None:
+    put(tmp_path, "one", notes={"preferred weight": noted})
+    assert form.use_of("one", tmp_path).strength == shown
+
+
+def test_the_shelf_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[Path] = []
+    plain = shelf.list_adapters
+    monkeypatch.setattr(shelf, "list_adapters", lambda workspace: looks.append(workspace) or plain(workspace))
+    folder = put(tmp_path, "one").parent
+    assert form.adapter_choices(tmp_path) == form.adapter_choices(tmp_path) == [("None", ""), ("one", "one")]
+    assert form.use_of("one", tmp_path) == Use(name="one") and form.trigger_of("runs/a/b.safetensors", tmp_path) == ""
+    assert len(looks) == 1
+    put(tmp_path, "two")
+    os.utime(folder, ns=(1, 1))
+    assert {stem for _, stem in form.adapter_choices(tmp_path)} == {"", "one", "two"}
+
+
+def test_after_a_reload_the_form_is_as_it_was_asked_for(tab: GenerateTab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studio, "wake", lambda workspace, folder=None: None)
+    recipe = Recipe(prompt="a red toy", adapters=(Use(name="teddy", strength=0.4),), seed=5, steps=7, width=96)
+    recipes = tuple(recipe.model_copy(update={"seed": 5 + n}) for n in range(3))
+    folder = studio.submit(tab.workspace, studio.Request(recipes=recipes))
+    updates = open_drawing(tab, folder.name)
+    held = values_of(tab, updates)
+    shown = form.read_recipe(tab.controls, held, seed=5)
+    assert (shown.prompt, shown.adapters, shown.steps, shown.width) == ("a red toy", recipe.adapters, 7, 96)
+    assert held[tab.controls.count] == 3 and updates[tab.drawing] == folder.name
+    assert ("style", "style") in updates[tab.controls.rows[0].name]["choices"]
+    assert set(updates) <= set(tab.changing())
+    assert tab.controls.prompt not in open_drawing(tab, None)
+
+
+def test_a_base_model_that_is_not_known_here_is_not_taken_over(
+    tab: GenerateTab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(gr, "Warning", said.append)
+    for model, is_taken in (("someones-mix-v3", False), ("starter", True), ("owner/model", True)):
+        recipe = Recipe(prompt="a toy", steps=3, guidance=2, width=64, height=64, model=model)
+        file = images.save_picture(Image.new("RGB", (8, 8)), recipe, tmp_path / "picture.png")
+        assert (restore(tab, file)[tab.controls.model] == model) == is_taken
+    assert len(said) == 1 and "someones-mix-v3" in said[0]
+
+
+def test_no_program_waits_for_ever_and_is_told_in_plain_text(
+    tab: GenerateTab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studio, "wake", lambda workspace, folder=None: None)
+    folder = studio.submit(tmp_path, studio.Request(recipes=(Recipe(prompt="a toy"),)))
+    with locks.try_hold(studio.studio_lock(tmp_path)) as is_held:  # a studio that does not come to it
+        assert is_held
+        with pytest.raises(UserError, match=r"Not drawn within 0\.1 seconds"):
+            generate_api._awaited(folder, tmp_path, patience=0.1)
+    assert studio.is_asked(folder, "cancel")
+
+    def mistaken() -> None:
+        raise UserError('There is no "<b>".', do="Look & choose.")
+
+    with pytest.raises(gr.Error) as told:
+        guarded(mistaken, tmp_path, plain=True)()
+    assert told.value.message == 'There is no "<b>". Look & choose.'

@@ -104,6 +104,7 @@ def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_t
     expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
     page.reload()  # its address says which drawing it was, and the tab opens by itself
     expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(APPLE)  # and the form is as it was
     other = opened()
     other.get_by_role("tab", name="Generate").click()
     expect(other.get_by_role("img", name=re.compile("^An early look"))).to_be_visible(timeout=SLOW)

@@ -34,8 +34,9 @@ def open_log(workspace: Path) -> None:
     LOG.addHandler(handler)
 
 
-def guarded(handler: Callable[P, R], workspace: Path) -> Callable[P, R]:
-    """The handler with its errors turned into what the page shows."""
+def guarded(handler: Callable[P, R], workspace: Path, *, plain: bool = False) -> Callable[P, R]:
+    """The handler with its errors turned into what the page shows, or into `plain` text for other programs."""
+    tell = _plain if plain else _toast
 
     @wraps(handler)
     def told(*args: P.args, **named: P.kwargs) -> R:
@@ -44,13 +45,18 @@ def guarded(handler: Callable[P, R], workspace: Path) -> Callable[P, R]:
         except gr.Error:
             raise
         except UserError as error:
-            raise _toast(error.what, " ".join(part for part in (error.why, error.do) if part)) from None
+            raise tell(error.what, " ".join(part for part in (error.why, error.do) if part)) from None
         except Exception as error:  # The page's door: a traceback says nothing to a person, so it goes to the log.
             LOG.exception("%s failed", getattr(handler, "__name__", "a handler"))
             place = f"The report is at the end of {page_log(workspace)}; please send it to us."
-            raise _toast("This is our mistake.", place, seconds=None) from error
+            raise tell("This is our mistake.", place, seconds=None) from error
 
     return told
+
+
+def _plain(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:
+    """The same without markup: a program prints it as it is."""
+    return gr.Error(f"{what} {rest}".strip(), duration=seconds, title="Please note", print_exception=False)
 
 
 def _toast(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:

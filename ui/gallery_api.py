@@ -53,10 +53,11 @@ def add_gallery_api(workspace: Path) -> None:
         return catalog.row_of(catalog.entry_at(file, workspace))
 
     for endpoint in (gallery, gallery_details, gallery_edit, gallery_bin, gallery_binned, gallery_restore):
-        gr.api(guarded(endpoint, workspace), api_name=endpoint.__name__, api_description=endpoint.__doc__)
+        told = guarded(endpoint, workspace, plain=True)
+        gr.api(told, api_name=endpoint.__name__, api_description=endpoint.__doc__)
     with gr.Row(visible=False):  # uploads need a component, which checks that they are uploads
-        files, told = gr.File(file_count="multiple", label="Files"), gr.JSON(label="What became of each")
-    files.upload(guarded(gallery_import, workspace), files, told, api_name="gallery_import")
+        files, became = gr.File(file_count="multiple", label="Files"), gr.JSON(label="What became of each")
+    files.upload(guarded(gallery_import, workspace, plain=True), files, became, api_name="gallery_import")
 
 
 def imported_row(one: Imported) -> Row:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.files import beside
 from reparam_diffusion.gallery import notes, thumbs
 from reparam_diffusion.gallery.catalog import Entry
 from reparam_diffusion.gallery.importing import Imported
-from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told
+from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told, steps_of
 from reparam_diffusion.gallery.shelf import Shelved, stem_of
 from reparam_diffusion.gallery.waste import Binned
 from ui.fragments import age_of, link_to, plain_size, serve
@@ -119,22 +121,31 @@ def _made(entry: Entry, report: Report) -> dict[str, str]:
     method = method_title(entry.method)
     if report["trained_as"]:
         method += f", saved as {method_title(report['method'])}"
-    trained = f"{int(report['steps']):,} steps" if str(report["steps"]).isdigit() and int(report["steps"]) else ""
+    trained = f"{steps:,} steps" if (steps := steps_of(report)) else ""
     trained += f" on {plural(report['pictures'], 'picture')}" if trained and report["pictures"] else ""
     rows = {"Method": method, "Base model": base, "Trained": trained, "Made by": report["made_by"]}
     return {name: escape(text) for name, text in rows.items()}
 
 
 def _downloads(file: Path) -> str:
-    """A link to the file; for a PEFT folder to each of its files."""
-    if not file.is_dir():
-        return _download(file, file.name)
-    inside = sorted(one for one in file.rglob("*") if one.is_file())
-    return " ".join(_download(one, str(one.relative_to(file.parent))) for one in inside)
+    """A link to the file; a PEFT folder goes along as one .zip."""
+    if file.is_dir():
+        file = _zipped(file)
+        serve(file.parent)
+    name = escape(file.name)
+    return f'<a class="take" href="{link_to(file)}" download="{name}">Download {name}</a>'
 
 
-def _download(file: Path, shown: str) -> str:
-    return f'<a class="take" href="{link_to(file)}" download="{escape(file.name)}">Download {escape(shown)}</a>'
+def _zipped(folder: Path) -> Path:
+    """An adapter's folder as one file in the workspace's cache, made once: an adapter is never rewritten."""
+    archive = folder.parent.parent / ".cache" / "zips" / f"{folder.name}.zip"
+    inside = sorted(file for file in folder.rglob("*") if file.is_file())
+    newest = max((file.stat().st_mtime_ns for file in (folder, *inside)), default=0)
+    if not archive.is_file() or archive.stat().st_mtime_ns < newest:
+        with beside(archive) as hidden, zipfile.ZipFile(hidden, "w", zipfile.ZIP_STORED) as opened:
+            for file in inside:
+                opened.write(file, file.relative_to(folder))
+    return archive
 
 
 def binned_head_of(binned: Binned) -> str:
@@ -195,10 +206,11 @@ def unmatched_of(report: Report) -> str:
 def imports_of(told: Sequence[Imported]) -> str:
     """The inspect report of each file that was taken in, and why the others were not."""
     taken = [one for one in told if one.file is not None]
+    new = sum(one.is_new for one in taken)
     rows = "".join(_taken(one) for one in taken)
     bad = "".join(f"<li><b>{escape(one.name)}</b> is left out. {escape(one.why)}</li>" for one in told if not one.file)
     refused = f'<ul class="refused">{bad}</ul>' if bad else ""
-    return f'<div role="status"><p class="count">{plural(len(taken), "adapter")} imported.</p>{rows}{refused}</div>'
+    return f'<div role="status"><p class="count">{plural(new, "adapter")} imported.</p>{rows}{refused}</div>'
 
 
 def _taken(one: Imported) -> str:

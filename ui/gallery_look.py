@@ -101,19 +101,11 @@ def look(workspace: Path, tab: GalleryTab, values: Values, *, news: Updates | No
     return updates
 
 
-def folder_sign(folder: Path) -> int:
-    """Changes whenever something comes into the folder, leaves it, or is replaced in it."""
-    try:
-        return folder.stat().st_mtime_ns
-    except OSError:
-        return 0
-
-
 # --- the cards -------------------------------------------------------------------------------------------------------
 def _list(workspace: Path, tab: GalleryTab, values: Values) -> Part:
     """The cards."""
     asked = tuple(values[one] for one in (tab.view, tab.search, tab.base, tab.method, tab.order, tab.limit))
-    sign = (folder_sign(shelf.shelf_of(workspace)), folder_sign(waste.bin_of(workspace)), *asked)
+    sign = (shelf.folder_sign(shelf.shelf_of(workspace)), shelf.folder_sign(waste.bin_of(workspace)), *asked)
     make = _bin_updates if values[tab.view] == "bin" else _shelf_updates
     return "list", sign, lambda: make(workspace, tab, values)
 
@@ -170,7 +162,7 @@ def _details(workspace: Path, tab: GalleryTab, values: Values) -> Part:
             return "details", ("bin", key), lambda: (_bin_details(tab, binned), True)
         if key:
             file = shelf.at(key, workspace)
-            ages = (folder_sign(shelf.companion(file, ending)) for ending in (".safetensors", ".json", ".png"))
+            ages = (shelf.folder_sign(shelf.companion(file, ending)) for ending in (".safetensors", ".json", ".png"))
             return "details", ("shelf", key, *ages), lambda: (_shelf_details(workspace, tab, values, file), True)
     except UserError:  # another browser was quicker
         return "details", ("gone", key), lambda: ({**_nothing(tab), tab.selected: ""}, True)
@@ -216,7 +208,7 @@ def notes_of(shelved: shelf.Shelved) -> dict[str, Any]:
     facts = shelved.facts
     return {key: notes.as_text(facts.get(key)) for key in notes.LONGEST} | {
         "name": shelved.name,
-        "preferred weight": notes.as_number(facts.get("preferred weight")) or 1.0,
+        "preferred weight": notes.strength_of(facts),
         "tags": ", ".join(notes.split_tags(facts.get("tags"))),
     }
 

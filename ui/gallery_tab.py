@@ -131,7 +131,7 @@ def _connect_list(workspace: Path, tab: GalleryTab) -> None:
         return look(workspace, tab, values, news={tab.limit: AT_ONCE})
 
     def see_other(values: Values) -> Updates:
-        return look(workspace, tab, values, news={tab.limit: AT_ONCE, tab.selected: ""})
+        return look(workspace, tab, values, news={tab.limit: AT_ONCE, tab.selected: "", tab.imported: ""})
 
     def see_more(values: Values) -> Updates:
         return look(workspace, tab, values, news={tab.limit: values[tab.limit] + AT_ONCE})

@@ -101,7 +101,11 @@ def start_drawing(tab: GenerateTab, values: Values, make: Callable[[Values, Reci
 
 def restore(tab: GenerateTab, file: Path) -> Updates:
     """Every control as a picture says."""
-    recipe = images.settings_of(file)
+    return _refilled(tab, images.settings_of(file))
+
+
+def _refilled(tab: GenerateTab, recipe: Recipe) -> Updates:
+    """Every control as a recipe says, but for the adapters and the base model that are not here."""
     known = []
     for use in recipe.adapters:
         try:
@@ -109,7 +113,26 @@ def restore(tab: GenerateTab, file: Path) -> Updates:
             known.append(use)
         except UserError:
             gr.Warning(f"The adapter “{escape(use.name)}” is not in the gallery; it was left out.")
-    return form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
+    updates = form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
+    if not form.is_model_known(recipe.model, tab.workspace):
+        gr.Warning(f"The base model “{escape(recipe.model)}” is not known here; the one that is chosen stays.")
+        updates[tab.controls.model] = gr.skip()
+    return updates
+
+
+def open_drawing(tab: GenerateTab, wanted: str | None) -> Updates:
+    """A fresh page: the drawing that it shows, and the form as it was asked for."""
+    values: Values = {tab.drawing: drawing_to_open(tab.workspace, wanted), tab.chosen: "", tab.shown: {}}
+    updates, request = {tab.drawing: values[tab.drawing], **look(tab, values)}, request_shown(tab, values)
+    if request is None:
+        return updates
+    filled = _refilled(tab, request.recipes[0])
+    del filled[tab.controls.new_seed]  # that was not asked for, and is as in any fresh page
+    if request.kind == "pictures":
+        filled[tab.controls.count] = min(8, len(request.recipes))
+    for row in tab.controls.rows:  # a look brings their choices, the form what is chosen
+        filled[row.name] = {**updates.get(row.name, gr.update()), "value": filled[row.name]}
+    return {**updates, **filled}
 
 
 def keep_preferred(workspace: Path, name: str, strength: float) -> None:

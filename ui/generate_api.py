@@ -17,6 +17,7 @@ from ui import fragments
 from ui.door import guarded
 
 LOOK_AGAIN = 0.2  # seconds
+PATIENCE = 600.0  # seconds
 AT_ONCE = 4
 """How many callers are waited for at the same time, in places of their own beside the page's."""
 
@@ -36,17 +37,30 @@ def add_endpoint(workspace: Path) -> None:
         width: int | None = None,
         height: int | None = None,
         model: str = "starter",
+        ahead: bool = False,
+        patience: float = PATIENCE,
     ) -> list[FileData]:
-        """Draw pictures from seed, seed + 1, … and give their files; what is left out is the model's own."""
+        """Draw pictures from seed, seed + 1, … and give their files; what is left out is the model's own.
+
+        With `ahead` a run that holds the device is not waited for. After `patience` seconds the request is cancelled.
+        """
         values = {"prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance}
         values |= {"scheduler": scheduler, "width": width, "height": height, "model": model}
         recipe = make_recipe({**values, "adapters": [_use(one) for one in adapters or []]})
         if not 1 <= count <= studio.MOST_PICTURES:
             raise UserError(f"{count} pictures cannot be drawn.", do=f"Ask for 1 to {studio.MOST_PICTURES}.")
         recipes = tuple(recipe.model_copy(update={"seed": recipe.seed + n}) for n in range(count))
-        return _awaited(studio.submit(workspace, studio.Request(recipes=recipes)), workspace)
+        folder = studio.submit(workspace, studio.Request(recipes=recipes))
+        if ahead:
+            studio.ask(folder, "ahead")
+        return _awaited(folder, workspace, patience=patience)
 
-    gr.api(guarded(generate, workspace), api_name="generate", concurrency_limit=AT_ONCE, concurrency_id="generate")
+    gr.api(
+        guarded(generate, workspace, plain=True),
+        api_name="generate",
+        concurrency_limit=AT_ONCE,
+        concurrency_id="generate",
+    )
 
 
 def _use(one: Any) -> dict[str, Any]:  # Any: as another program gives them; make_recipe checks
@@ -54,11 +68,15 @@ def _use(one: Any) -> dict[str, Any]:  # Any: as another program gives them; mak
     return dict(zip(("name", "strength", "te_strength"), one if isinstance(one, list) else [one], strict=False))
 
 
-def _awaited(folder: Path, workspace: Path) -> list[FileData]:
-    """The files, once all are there. Raises UserError when some are not."""
+def _awaited(folder: Path, workspace: Path, *, patience: float) -> list[FileData]:
+    """The files, once all are there. Raises UserError when some are not, or not within `patience` seconds."""
     fragments.serve(images.images_of(workspace))
-    reader = studio.Reader()
+    reader, began = studio.Reader(), time.monotonic()
     while (state := reader.state_of(folder)).is_live:
+        if not time.monotonic() - began < patience:  # so that what is no number ends it too
+            studio.cancel(folder)
+            why = "The device is at work for another." if state.state == "waiting" else "The request was cancelled."
+            raise UserError(f"Not drawn within {patience:g} seconds.", why, "Give more patience, or say ahead=True.")
         time.sleep(LOOK_AGAIN)
     if state.state != "finished":
         raise UserError("Not all pictures were drawn.", state.message or f"The request was {state.state}.")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from reparam_diffusion.gallery import shelf
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import notes, shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
 from reparam_diffusion.models.glance import Glance, glance_at
 from reparam_diffusion.models.known import known_models
@@ -153,12 +155,23 @@ def _side(label: str, seen: Glance) -> gr.Number:
 
 def adapter_choices(workspace: Path) -> list[tuple[str, str]]:
     """(name, file's stem) of what lies on the shelf."""
-    return [("None", ""), *((one.name, one.file.stem) for one in shelf.list_adapters(workspace))]
+    return list(_choices(workspace, shelf.folder_sign(shelf.shelf_of(workspace))))
+
+
+@lru_cache(maxsize=8)
+def _choices(workspace: Path, sign: int) -> tuple[tuple[str, str], ...]:
+    """Read once for each state of the shelf: every page asks again with each tick."""
+    return ("None", ""), *((one.name, one.stem) for one in shelf.list_adapters(workspace))
 
 
 def model_choices(workspace: Path) -> list[tuple[str, str]]:
     """The starter and the workspace's own models, by the names that the studio and pictures know them by."""
     return [(one.title, one.path if one.path == "starter" else one.title) for one in known_models(workspace)]
+
+
+def is_model_known(model: str, workspace: Path) -> bool:
+    """Whether a base model can be tried: it is offered here, or it says where it is, as hub ids and paths do."""
+    return "/" in model or "\\" in model or model in {value for _, value in model_choices(workspace)}
 
 
 def model_path(model: str, workspace: Path) -> str | Path:
@@ -245,10 +258,8 @@ def _slid(value: float) -> dict[str, Any]:  # Any: gradio's update
 
 
 def use_of(name: str, workspace: Path) -> Use:
-    """An adapter at its preferred strength."""
-    weight = _facts(name, workspace).get("preferred weight")
-    is_good = isinstance(weight, int | float) and not isinstance(weight, bool) and LOW <= weight <= HIGH and weight
-    return Use(name=name, strength=float(weight) if is_good else 1.0)  # type: ignore[arg-type]  # is_good says so
+    """An adapter at its preferred strength, as far as the slider goes."""
+    return Use(name=name, strength=min(HIGH, max(LOW, notes.strength_of(_facts(name, workspace)))))
 
 
 def trigger_of(name: str, workspace: Path) -> str:
@@ -259,7 +270,10 @@ def trigger_of(name: str, workspace: Path) -> str:
 
 def _facts(name: str, workspace: Path) -> Mapping[str, object]:
     """What a person noted about an adapter on the shelf."""
-    return next((one.facts for one in shelf.list_adapters(workspace) if one.file.stem == name), {})
+    try:
+        return shelf.shelved_at(shelf.at(name, workspace)).facts
+    except UserError:  # a checkpoint of a run, or an adapter that is gone
+        return {}
 
 
 def suggested_prompt(words: str, model: str, workspace: Path) -> str:

@@ -24,10 +24,10 @@ from ui.generate_acts import (
     SELDOM,
     GenerateTab,
     chosen_adapter,
-    drawing_to_open,
     holder_of,
     keep_preferred,
     look,
+    open_drawing,
     open_with,
     request_shown,
     restore,
@@ -200,12 +200,11 @@ def _connect_drawing(tab: GenerateTab) -> None:
     tab.timer.tick(guarded(see, workspace), seen, changes, concurrency_limit=None, **QUIET)
 
     def opened(request: gr.Request) -> Updates:
-        name = drawing_to_open(workspace, dict(request.query_params).get("drawing"))
-        return {tab.drawing: name, **look(tab, {tab.drawing: name, tab.chosen: "", tab.shown: {}})}
+        return open_drawing(tab, dict(request.query_params).get("drawing"))
 
     page = Context.root_block
     assert page is not None, "the tab is built inside a page"
-    page.load(guarded(opened, workspace), None, [tab.drawing, *changes], **QUIET)
+    page.load(guarded(opened, workspace), None, tab.changing(), **QUIET)
 
 
 def _connect_restoring(tab: GenerateTab) -> None:

@@ -59,7 +59,7 @@ class Entry:
     @property
     def strength(self) -> float:
         """The strength it is best used at."""
-        return notes.as_number(self.shelved.facts.get("preferred weight")) or 1.0
+        return notes.strength_of(self.shelved.facts)
 
     @property
     def tags(self) -> list[str]:

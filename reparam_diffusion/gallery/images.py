@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -70,17 +71,11 @@ def settings_of(file: Path) -> Recipe:
 
 def history(workspace: Path, *, most: int) -> list[Path]:
     """The last pictures, the newest first."""
+    folder = images_of(workspace)
     found: list[Path] = []
-    for file in _newest_first(images_of(workspace)):
-        found.append(file)
+    for day in sorted((day for day in folder.iterdir() if day.is_dir()), reverse=True) if folder.is_dir() else ():
+        names = (name for name in os.listdir(day) if name.endswith(".png") and not name.startswith("."))
+        found += [day / name for name in heapq.nlargest(most - len(found), names)]
         if len(found) == most:
             break
     return found
-
-
-def _newest_first(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        for day in sorted((day for day in folder.iterdir() if day.is_dir()), reverse=True):
-            yield from sorted(
-                (f for f in day.iterdir() if f.suffix == ".png" and not f.name.startswith(".")), reverse=True
-            )

@@ -97,6 +97,12 @@ def as_number(value: object) -> float | None:
     return None
 
 
+def strength_of(notes: Mapping[str, object]) -> float:
+    """The preferred strength, which may be 0; 1 where none is noted."""
+    number = as_number(notes.get("preferred weight"))
+    return 1.0 if number is None else number
+
+
 def as_text(value: object) -> str:
     """A text as it is; a list of texts with commas; nothing out of anything else."""
     if isinstance(value, list):

@@ -34,6 +34,7 @@ STARTER = "starter-model"
 """What a header calls the bundled model."""
 FEW_RANKS = 3  # different ranks that a sentence can tell
 _MOST_SHOWN = 8
+_MOST_DIGITS = 12
 
 
 def report_of(path: Path, model: str | None = None) -> Report:
@@ -75,6 +76,12 @@ def bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def steps_of(report: Report) -> int:
+    """How many steps a file says it was trained for; 0 where that is no sensible number."""
+    told = str(report["steps"])
+    return int(told) if told.isdecimal() and len(told) <= _MOST_DIGITS else 0
+
+
 def method_title(method: str) -> str:
     """A method's name for people."""
     return METHODS[method].title if method in METHODS else FOREIGN.get(method, method)
@@ -113,9 +120,9 @@ def report_lines(report: Report) -> list[str]:
         lines.append("          " + ", ".join(f"{rank} ({count})" for rank, count in spread))
     if report["made_by"]:
         lines.append(f"Made by   {report['made_by']}")
-    if report["steps"]:
+    if steps := steps_of(report):
         on = f" on {report['pictures']} pictures" if report["pictures"] else ""
-        lines.append(f"Trained   {report['steps']} steps{on}")
+        lines.append(f"Trained   {steps} steps{on}")
     if "fits" in report:
         lines.append(f"Fits      {report['fits']} of {report['layers']} layers of {report['model']}")
     unmatched = report["unmatched"]

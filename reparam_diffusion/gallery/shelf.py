@@ -183,6 +183,14 @@ def list_adapters(workspace: Path) -> list[Shelved]:
     return [shelved_at(file, names) for _, _, file in sorted(found)]
 
 
+def folder_sign(folder: Path) -> int:
+    """Changes whenever something comes into the folder, leaves it, or is replaced in it."""
+    try:
+        return folder.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def names_in(folder: Path) -> frozenset[str]:
     """The names of everything in a folder; of nothing, where there is none."""
     return frozenset(os.listdir(folder)) if folder.is_dir() else frozenset()

@@ -132,7 +132,7 @@ def _new_folder(requests: Path) -> Path:
 def wake(workspace: Path, folder: Path | None = None) -> None:
     """Start the studio unless it is there; `folder` is the request that it is started for."""
     studio_of(workspace).mkdir(parents=True, exist_ok=True)
-    with locks.try_hold(studio_lock(workspace), patience=0.1) as is_free:  # whoever looks holds it for an instant
+    with locks.try_hold(studio_lock(workspace), patience=0.2) as is_free:  # whoever looks holds it for an instant
         pass
     if not is_free:
         return
