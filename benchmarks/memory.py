@@ -22,6 +22,8 @@ import torch
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, find_preset, parse_set, read_settings, settle, to_toml
 from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.parts import MODEL_CONFIGS, VOCABULARY, empty_parts, make_scheduler
+from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.training.estimate_memory import count_memory
 from reparam_diffusion.training.ready import dtype_of
 
@@ -37,26 +39,22 @@ def settings_of(model: Path | str, method: str, extra: list[str]) -> TrainConfig
 
 def save_sd15(folder: Path) -> Path:
     """A model with Stable Diffusion 1.5's shapes and random weights, in bf16 to spare the disk."""
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+    from diffusers import StableDiffusionPipeline
+    from transformers import CLIPTokenizer
 
-    text = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, vocab_size=49408,
-        max_position_embeddings=77, projection_dim=768, bos_token_id=2046, eos_token_id=2047, pad_token_id=2047,
-    )  # fmt: skip
-    pipe = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(cross_attention_dim=768),
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512), latent_channels=4, layers_per_block=2, sample_size=512,
-            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        scheduler=DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=AutoTokenizer.from_pretrained(ROOT / "assets" / "starter-model" / "tokenizer"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    pipe.tokenizer.model_max_length = 77
-    pipe.to(torch.bfloat16).save_pretrained(folder)
+    with quiet():
+        parts = empty_parts(MODEL_CONFIGS / "sd1")
+        pipe = StableDiffusionPipeline(
+            unet=parts.unet,
+            vae=parts.vae,
+            text_encoder=parts.text_encoders[0],
+            tokenizer=CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77),
+            scheduler=make_scheduler(MODEL_CONFIGS / "sd1"),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipe.to(torch.bfloat16).save_pretrained(folder)
     (folder / "habits.json").write_text('{"steps": 2}', encoding="utf-8")
     return folder
 
