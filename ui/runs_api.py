@@ -57,7 +57,7 @@ def add_runs_api(workspace: Path, overview: Overview) -> None:
         return queue.clear(workspace)
 
     for endpoint in (list_runs, run_details, run_ask, queue_move, queue_clear):
-        gr.api(guarded(endpoint, workspace), api_name=endpoint.__name__, api_description=endpoint.__doc__)
+        gr.api(guarded(endpoint, workspace, plain=True), api_name=endpoint.__name__, api_description=endpoint.__doc__)
     _add_train(workspace, overview)
 
 
