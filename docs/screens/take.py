@@ -43,9 +43,9 @@ def train_teddy(opened: Open) -> None:
 
 def look_around(page: Page, ending: str) -> None:
     """Every tab as it stands."""
-    for tab in ("Train", "Runs", "Generate", "Gallery", "Settings"):
-        page.get_by_role("tab", name=tab, exact=True).click()
-        page.wait_for_timeout(1500)
+    for tab in ("Train", "Runs", "Generate", "Gallery", "Blend", "Settings"):
+        page.goto(f"{page.url.partition('?')[0]}?tab={tab.lower()}")
+        page.wait_for_timeout(4000)
         if tab == "Gallery":
             page.locator("button.adapter").first.click()
             page.wait_for_timeout(1500)
