@@ -189,7 +189,8 @@ def test_a_grid_of_two_things_becomes_a_sheet(opened: Open, served: Served) -> N
     expect(page.get_by_text(re.compile(r"^4 pictures in"))).to_be_visible(timeout=SLOW)
     expect(page.get_by_role("link", name="Open the sheet")).to_be_visible()
     sheet = images.history(served.workspace, most=1)[0]
-    assert sheet.stem.endswith("-grid") and Image.open(sheet).width > 256
+    with Image.open(sheet) as drawn:
+        assert sheet.stem.endswith("-grid") and drawn.width > 256
 
 
 def test_other_programs_draw_through_the_endpoint(served: Served) -> None:

@@ -56,16 +56,19 @@ def build_page(workspace: Path) -> gr.Blocks:
 TABS = ("train", "runs", "generate", "gallery", "blend", "settings")
 
 
+REMEMBER_TAB = """() => setTimeout(() => {
+  const now = document.querySelector('#tabs button[role="tab"][aria-selected="true"]');
+  if (!now || !document.body.dataset.opened) return;  // the first tab is selected by itself while the page opens
+  const address = new URL(window.location);
+  address.searchParams.set("tab", now.textContent.trim().toLowerCase());
+  window.history.replaceState(null, "", address);
+}, 50)"""
+
+
 def _tab(title: str) -> gr.Tab:
     """A tab that the address remembers, so that a reload comes back to it."""
     tab = gr.Tab(title, id=title.lower())
-    remember = """() => {
-      if (!document.body.dataset.opened) return;  // the first tab is selected by itself while the page opens
-      const address = new URL(window.location);
-      address.searchParams.set("tab", "%s");
-      window.history.replaceState(null, "", address);
-    }"""
-    tab.select(None, None, None, js=remember % title.lower())
+    tab.select(None, None, None, js=REMEMBER_TAB)
     return tab
 
 
