@@ -102,6 +102,7 @@ def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_t
     page.get_by_label("Prompt", exact=True).fill(APPLE)
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
+    page.wait_for_url(re.compile("drawing="))
     page.reload()  # its address says which drawing it was, and the tab opens by itself
     expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
     expect(page.get_by_label("Prompt", exact=True)).to_have_value(APPLE)  # and the form is as it was

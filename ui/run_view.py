@@ -230,7 +230,7 @@ def _run_contents(view: RunView, folder: Path, state: RunState) -> Contents:
     details = pieces.ranks_of(state.ranks) + log
     pictures = (folder.name, tuple((sample.step, sample.path) for sample in state.samples), state.is_live)
     points = (folder.name, state.step, len(state.losses), len(state.validations))
-    resume = "Resume" if state.checkpoint else "Start again" if state.state != "created" else "Start"
+    resume = "Resume" if state.checkpoint is not None else "Start again" if state.state != "created" else "Start"
     can_ask = state.is_live and not request
     is_stepping = can_ask and state.phase == "training"
 

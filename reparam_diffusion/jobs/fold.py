@@ -194,7 +194,7 @@ class Fold:
             return " ".join(part for part in (self.last.what, self.last.why, self.last.do) if part)
         if now == "lost":
             place = "It had no checkpoint yet, so it begins anew."
-            if self.checkpoint:
+            if self.checkpoint is not None:
                 place = f"Its last checkpoint is at step {self.checkpoint}; Resume goes on from there."
             return f"The program ended without a word. {place}"
         return ""
