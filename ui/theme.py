@@ -58,6 +58,7 @@ def make_theme() -> gr.Theme:
         button_primary_text_color="white",
         slider_color="*primary_600",
         slider_color_dark="*primary_500",
+        checkbox_border_color_dark="*neutral_400",
         checkbox_background_color_selected="*primary_700",
         checkbox_background_color_selected_dark="*primary_500",
         checkbox_border_color_selected="*primary_700",
