@@ -43,8 +43,8 @@ def build_page(workspace: Path) -> gr.Blocks:
                 gallery = build_gallery_tab(workspace)
             with _tab("Blend"):
                 build_blend_tab(workspace)
-            with _tab("Settings"):
-                build_settings_tab(workspace)
+            with _tab("Settings") as settings:
+                build_settings_tab(workspace, settings)
         add_runs_api(workspace, view.overview)
         _connect_start(workspace, tabs, train, view)
         _connect_opening(workspace, page, tabs, train, view)

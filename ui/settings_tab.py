@@ -24,23 +24,24 @@ HOW_TO_ADD = (
 )
 
 
-def build_settings_tab(workspace: Path) -> None:
-    """Draw the tab; it is read anew whenever the page opens."""
+def build_settings_tab(workspace: Path, tab: gr.Tab) -> None:
+    """Draw the tab; it is read anew whenever it is opened."""
     with gr.Column(elem_classes="card"):
         gr.HTML("<h2>Base models</h2>", padding=False)
-        models = gr.HTML(lambda: models_of(workspace), elem_id="models", padding=False)
+        models = gr.HTML(models_of(workspace), elem_id="models", padding=False)
     with gr.Column(elem_classes="card"):
         gr.HTML("<h2>This machine</h2>", padding=False)
-        machine = gr.HTML(machine_of, elem_id="machine", padding=False)
+        machine = gr.HTML(machine_of(), elem_id="machine", padding=False)
     with gr.Column(elem_classes="card"):
         gr.HTML("<h2>Workspace</h2>", padding=False)
-        place = gr.HTML(lambda: workspace_of(workspace), elem_id="workspace", padding=False)
+        place = gr.HTML(workspace_of(workspace), elem_id="workspace", padding=False)
     refresh = gr.Button("Look again", elem_id="look-again", size="md")
 
     def look() -> list[Any]:
         return [models_of(workspace), machine_of(), workspace_of(workspace)]
 
-    refresh.click(guarded(look, workspace), None, [models, machine, place], **QUIET)
+    for event in (refresh.click, tab.select):
+        event(guarded(look, workspace), None, [models, machine, place], **QUIET)
 
 
 def models_of(workspace: Path) -> str:
