@@ -63,6 +63,19 @@ def put_on_disk(stream: BinaryIO) -> None:
     os.fsync(stream.fileno())
 
 
+def new_folder(home: Path, name: str) -> Path:
+    """A folder that nobody else has: `name`, or with a number behind it where that is taken."""
+    number = 1
+    while True:
+        folder = home / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            continue
+        return folder
+
+
 def write_whole(path: Path, content: bytes | str) -> Path:
     """Put `content` (text as UTF-8) at `path`, on the disk for good. Raises UserError when it cannot be written."""
     data = content.encode() if isinstance(content, str) else content

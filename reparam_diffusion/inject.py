@@ -230,7 +230,7 @@ class Merge:
                 if site not in self._sites or self._sites[site].changes != changes:
                     self._merge(site, changes)
                     touched += 1
-        except BaseException:
+        except BaseException:  # a Ctrl-C too: half merged is not left behind, and the error goes on
             self.restore()
             raise
         return touched

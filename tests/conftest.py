@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
+
+if TYPE_CHECKING:
+    from page_browser import Open, Served
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +31,24 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless browser, for tests of the page."""
+    from page_browser import open_browser
+
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def opened(browser: Browser, served: Served) -> Iterator[Open]:
+    """Opens the module's served page, each time as another person's browser; an error in a console fails the test."""
+    from page_browser import open_pages
+
+    with open_pages(browser, served) as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +35,7 @@ FLAGS = [
 SLOW = 120_000  # milliseconds; the machine may be busy with other tests
 expect.set_options(timeout=SLOW)
 
-LEAVING = ("BodyStreamBuffer was aborted", "Connection errored out")
+LEAVING = ("BodyStreamBuffer was aborted", "signal is aborted without reason", "Connection errored out")
 """What gradio's own client says when a page is left in the middle of an answer."""
 
 Open = Callable[..., Page]
@@ -56,13 +58,42 @@ class Served:
 
 
 def chromium() -> str:
-    """The browser's path. Without one the tests are skipped, except where CI says that they must run."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    """The browser's path: an installed one, else Debian's by apt-get where that may be, else playwright's own.
+
+    With none to be had the tests are skipped, except where CI says that they must run.
+    """
+    with FileLock(
+        Path(tempfile.gettempdir()) / "page-tests-browser.lock"
+    ):  # one test process installs, the others wait
+        found = _installed() or _by_apt_get() or _playwrights_own()
+    if not found:
         assert os.environ.get("CI") != "true", "the page tests need Chromium, and there is none"
         sys.stdout.write("No Chromium was found: the page tests are skipped.\n")
         pytest.skip("no Chromium")
     return found
+
+
+def _installed() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((found for name in names if (found := shutil.which(name))), "")
+
+
+def _by_apt_get() -> str:
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("apt-get"):
+        return ""
+    environment = dict(os.environ, DEBIAN_FRONTEND="noninteractive")
+    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", "chromium"]):
+        subprocess.run(command, env=environment, check=False, capture_output=True, timeout=300)
+    return _installed()
+
+
+def _playwrights_own() -> str:
+    with sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+    if not own.is_file():
+        command = [sys.executable, "-m", "playwright", "install", "chromium"]
+        subprocess.run(command, check=False, capture_output=True, timeout=300)
+    return str(own) if own.is_file() else ""
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_browser import Open, Served, open_browser, open_pages, serve_page
+from page_browser import Open, Served, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from run_folders import wait_for
@@ -26,22 +26,9 @@ pytestmark = pytest.mark.page
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serve_page(tmp_path_factory.mktemp("page")) as served:
         yield served
-
-
-@pytest.fixture
-def opened(browser: Browser, served: Served) -> Iterator[Open]:
-    """Opens the page, each time as another person's browser; an error in a console fails the test."""
-    with open_pages(browser, served) as opened:
-        yield opened
 
 
 def set_steps(page: Page, steps: int) -> None:

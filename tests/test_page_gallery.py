@@ -13,7 +13,7 @@ import pytest
 import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from page_browser import Served, open_browser, open_pages, serve_page
+from page_browser import Served, open_pages, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, expect
 from safetensors.torch import save_file
@@ -23,12 +23,6 @@ from reparam_diffusion import events as e
 
 pytestmark = pytest.mark.page
 SLOW = 60_000  # milliseconds; the machine may be busy with other tests
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from gradio_client import Client
-from page_browser import SLOW, Open, Served, open_browser, open_pages, serve_page
+from page_browser import SLOW, Open, Served, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 from safetensors.torch import save_file
@@ -26,12 +26,6 @@ APPLE = "a 3d icon of a red apple on a light blue background"
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
 def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("generate")
     facts = {"activation text": "sks toy"}
@@ -40,15 +34,9 @@ def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield served
 
 
-@pytest.fixture
-def opened(browser: Browser, served: Served) -> Iterator[Open]:
-    with open_pages(browser, served) as opened:
-        yield opened
-
-
-def lora_file(file: Path) -> Path:
+def lora_file(file: Path, *, seed: int = 0) -> Path:
     """A small LoRA for the starter model."""
-    chance = torch.Generator().manual_seed(0)
+    chance = torch.Generator().manual_seed(seed)
     site = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_v"
     down, up = torch.randn(4, 192, generator=chance), torch.randn(288, 4, generator=chance)
     save_file({f"{site}.lora_down.weight": down, f"{site}.lora_up.weight": up}, file)

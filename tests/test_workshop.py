@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from reparam_diffusion.__main__ import app
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.gallery import shelf
 from reparam_diffusion.jobs import workshop
 from ui import blend_acts as acts
 from ui import blend_tab
@@ -23,7 +24,7 @@ NOW = datetime.datetime(2026, 1, 2, 3, 4, 5)
 VALUES: dict[str, Any] = {
     "work": "blend", "method": "dare", "kind": "lora", "rank": 4, "energy": 0, "megabytes": None, "factor": 8,
     "block_size": 8, "model": "starter", "precision": "fp32", "name": "-x", "picture": "a toy", "target": "peft",
-    "strip": True, "tuned": "/somewhere/tuned", "checkpoint": True, "dare.drop": 0.5, "dare.seed": 3,
+    "strip": True, "tuned": "/somewhere/tuned", "checkpoint": True, "angle": True, "repair": True, "dare.drop": 0.5, "dare.seed": 3,
 }  # fmt: skip
 ROWS: list[acts.Row] = [
     ("one", 0.8, None, "mid=0.5"),
@@ -59,8 +60,18 @@ def test_the_command_line_understands_what_the_form_asks(work: str, stocked: Pat
     sources = context.params.get("sources") or [context.params.get("source")]
     if work in ("blend", "bake"):
         assert list(sources) == ["one:0.8:mid=0.5", "two:-1:0.5"]
+    assert context.params.get("angle", True) and context.params.get("repair", True)
     if work == "blend":
         assert {"drop=0.5", "seed=3"} == set(context.params["settings"])
+
+
+def test_every_lossy_step_draws_its_comparison_on_a_quick_model(stocked: Path) -> None:
+    shelf.edit("one", stocked, {"activation text": "sks toy"})
+    for kind, prompt in (("lora", "a 3d icon of sks toy"), ("exact", ""), ("diff", "")):
+        values = VALUES | {"kind": kind, "picture": ""}
+        arguments = acts.arguments_of(stocked, values, ROWS, now=NOW)
+        told = arguments[arguments.index("--picture") + 1] if "--picture" in arguments else ""
+        assert told == prompt
 
 
 def test_every_method_and_every_option_of_it_has_a_control(workspace: Path) -> None:

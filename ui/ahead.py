@@ -51,8 +51,11 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
     configs = {mine.adapter.method: mine, **{name: _like(other, mine) for name, other in others.items()}}
     pictures = len(chosen.pictures) if chosen else SUPPOSED
     costs = {name: estimates.cost(one, pictures=pictures, workspace=workspace) for name, one in configs.items()}
-    is_wanted = chosen is not None and estimates.find_out(list(configs.values()))
-    told = "" if chosen is None else told_of(workspace, chosen, mine, costs[mine.adapter.method])
+    if chosen is None:
+        return Ahead(cards(costs), "", is_complete=True)
+    is_measuring = estimates.find_out([mine])
+    is_wanted = estimates.find_out(list(configs.values()))
+    told = told_of(workspace, chosen, mine, costs[mine.adapter.method], is_measuring=is_measuring)
     return Ahead(cards(costs), told, is_complete=not is_wanted)
 
 
@@ -74,19 +77,20 @@ def cards(costs: Mapping[str, Cost]) -> list[tuple[str, str]]:
     return rows
 
 
-def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost) -> str:
+def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost, *, is_measuring: bool) -> str:
     """The cost, and what the pictures and captions lack, in plain words."""
     notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(chosen, config))
     waiting = len(queue.waiting(workspace))
     line = f" {waiting} other{'s' if waiting > 1 else ''} will go first." if waiting else ""
     listed = f'<ul class="callout mild">{notes}</ul>' if notes else ""
-    return f'<p class="cost" role="status">{escape(cost_line(cost))}{line}</p>{listed}'
+    return f'<p class="cost" role="status">{escape(cost_line(cost, is_measuring=is_measuring))}{line}</p>{listed}'
 
 
-def cost_line(cost: Cost) -> str:
+def cost_line(cost: Cost, *, is_measuring: bool) -> str:
     """ "About 2 min, of which 20 s class pictures. A file of 2.4 MB, about 0.9 GB of memory (estimated)." """
     seconds = cost.seconds
-    words = f"About {plain_time(seconds)}" if seconds is not None else "The time is being measured"
+    unknown = "The time is being measured" if is_measuring else "How long it takes is not known here yet"
+    words = f"About {plain_time(seconds)}" if seconds is not None else unknown
     classes = next((part.seconds for part in cost.parts if part.name == "class pictures"), None)
     if cost.class_pictures:
         took = f" in {plain_time(classes)}" if classes is not None else ""

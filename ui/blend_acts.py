@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.data.captions import fill
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.models.glance import glance_at
+from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.sample import finite
 
 Values = Mapping[str, Any]
@@ -33,14 +36,16 @@ BUTTONS = {
 }  # fmt: skip
 SHOWN: dict[str, frozenset[str]] = {
     "blend": frozenset({"rows", "method", "form", "model", "name", "picture", "precision"}),
-    "convert": frozenset({"rows", "form", "model", "name", "picture", "precision"}),
+    "convert": frozenset({"rows", "form", "angle", "model", "name", "picture", "precision"}),
     "export": frozenset({"rows", "target", "model", "precision", "strip"}),
-    "doctor": frozenset({"rows", "model"}),
+    "doctor": frozenset({"rows", "model", "repair"}),
     "compare": frozenset({"rows", "model"}),
     "bake": frozenset({"rows", "model", "checkpoint", "name", "precision"}),
     "extract": frozenset({"tuned", "form", "model", "name", "precision"}),
 }
 """Which controls a work needs."""
+EXACT = ("exact", "diff")
+QUICK_SIDE = 256  # pixels; larger pictures take minutes on a processor
 ROWS = {"blend": 4, "bake": 4, "compare": 2, "convert": 1, "export": 1, "doctor": 1, "extract": 0}
 """How many adapters a work takes at the most."""
 
@@ -84,11 +89,13 @@ def _blend(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.d
         for part in ("--set", f"{name}={value}")
     ]
     sources = [_source(row) for row in rows]
-    return [*sources, "--method", method, *options, *_form(values), *_common(values), *_picture(values)]
+    picture = _picture(workspace, values, rows)
+    return [*sources, "--method", method, *options, *_form(values), *_common(values), *picture]
 
 
 def _convert(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.datetime) -> list[str]:
-    return [_source(rows[0]), *_form(values), *_common(values), *_picture(values)]
+    angle = ["--angle"] if values["angle"] else []
+    return [_source(rows[0]), *_form(values), *angle, *_common(values), *_picture(workspace, values, rows)]
 
 
 def _export(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.datetime) -> list[str]:
@@ -101,7 +108,9 @@ def _export(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.
 
 
 def _doctor(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.datetime) -> list[str]:
-    return [rows[0][0], "--model", str(values["model"])]
+    out = exports_of(workspace) / f"{now:%Y%m%d-%H%M%S}" / f"{make_slug(rows[0][0])}-mended.safetensors"
+    repair = ["--repair", str(out)] if values["repair"] else []
+    return [rows[0][0], "--model", str(values["model"]), *repair]
 
 
 def _compare(workspace: Path, values: Values, rows: Sequence[Row], now: datetime.datetime) -> list[str]:
@@ -160,5 +169,15 @@ def _common(values: Values) -> list[str]:
     return ["--model", str(values["model"]), "--precision", str(values["precision"]), *title]
 
 
-def _picture(values: Values) -> list[str]:
-    return ["--picture", str(values["picture"])] if values["picture"] else []
+def _picture(workspace: Path, values: Values, rows: Sequence[Row]) -> list[str]:
+    """What to draw with the exact change and with the file: what the form says, else for lossy forms what calls it."""
+    if values["picture"]:
+        return ["--picture", str(values["picture"])]
+    if values["kind"] in EXACT:
+        return []
+    glance = glance_at(str(values["model"]))
+    if pick_device("auto").type == "cpu" and (glance.size or 512) > QUICK_SIDE:
+        return []  # minutes a picture: only when somebody asks for it
+    facts = [shelf.shelved_at(shelf.at(name, workspace)).facts for name, *_ in rows]
+    words = " ".join(dict.fromkeys(str(fact.get("activation text") or "").strip() for fact in facts)).strip()
+    return ["--picture", fill(glance.habits.caption, trigger=words, class_word="")]

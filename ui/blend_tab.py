@@ -142,6 +142,11 @@ def _draw_result(workspace: Path, fields: dict[str, gr.components.Component], gr
     with gr.Column(visible=False) as groups["target"]:
         targets = [(about.partition(":")[0], name) for name, about in TARGETS.items()]
         fields["target"] = gr.Dropdown(targets, value="a1111", label="For", info=_for_whom("a1111"))
+    with gr.Column(visible=False) as groups["repair"]:
+        fields["repair"] = gr.Checkbox(False, label="Also write a mended copy, without what is broken")
+    with gr.Column(visible=False) as groups["angle"]:
+        about = "Other programs scale an OFT's change; this turns its rotation less or further and keeps every size."
+        fields["angle"] = gr.Checkbox(False, label="OFT: let the strength be the angle", info=about)
     with gr.Column(visible=False) as groups["strip"]:
         fields["strip"] = gr.Checkbox(False, label="Leave out paths, captions and everything private")
     with gr.Column(visible=False) as groups["tuned"]:

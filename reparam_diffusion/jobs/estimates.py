@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -156,8 +157,10 @@ def _answer(config: TrainConfig, starting: float) -> None:
             Book().write({piece: _count(config)} if gap == "memory" else _time(config, starting))
         except Interrupted:
             return
-        except (UserError, RuntimeError, MemoryError) as error:  # such as CUDA's out of memory
-            sys.stderr.write(f"{error}\n")
+        except (
+            Exception
+        ):  # This process's door: out of memory, or our mistake. Pages ask every few seconds, so it is noted.
+            traceback.print_exc()
             Book().write({_failed(piece): 1.0})
 
 

@@ -74,16 +74,8 @@ def blend(
     from reparam_diffusion.gallery.blend.blending import settle_form, settle_options
 
     chosen = [source_of(text, workspace) for text in sources]
-    form = settle_form(
-        {
-            "kind": kind,
-            "rank": rank,
-            "energy": energy,
-            "megabytes": megabytes,
-            "factor": factor,
-            "block_size": block_size,
-        }
-    )
+    sizes = {"rank": rank, "energy": energy, "megabytes": megabytes, "factor": factor, "block_size": block_size}
+    form = settle_form({"kind": kind, **sizes})
     options = settle_options(method, _values(settings or []))
     name = title or "-".join(source.file.stem for source in chosen)[:48]
     _make(
@@ -116,16 +108,8 @@ def convert(
     from reparam_diffusion.gallery.blend.blending import settle_form
 
     chosen = source_of(source, workspace)
-    form = settle_form(
-        {
-            "kind": kind,
-            "rank": rank,
-            "energy": energy,
-            "megabytes": megabytes,
-            "factor": factor,
-            "block_size": block_size,
-        }
-    )
+    sizes = {"rank": rank, "energy": energy, "megabytes": megabytes, "factor": factor, "block_size": block_size}
+    form = settle_form({"kind": kind, **sizes})
     _make(
         [chosen], form, out, method="rotations" if angle else "sum", model=model, precision=precision,
         title=title or f"{chosen.file.stem}-{kind}", picture=picture, workspace=workspace, as_json=as_json,

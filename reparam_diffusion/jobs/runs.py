@@ -15,7 +15,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
@@ -48,14 +48,7 @@ def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) 
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
     config = _with_absolute_paths(config)
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
-    number = 1
-    while True:
-        folder = workspace.resolve() / "runs" / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
+    folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))
     return folder
 

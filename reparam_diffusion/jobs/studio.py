@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from reparam_diffusion import events as e
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import locks, runs, worker
@@ -112,21 +112,11 @@ def submit(workspace: Path, request: Request) -> Path:
     """
     for name in {use.name for recipe in request.recipes for use in recipe.adapters}:
         adapter_file(name, workspace)
-    folder = _new_folder(studio_of(workspace) / "requests")
+    folder = new_folder(studio_of(workspace) / "requests", f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     write_whole(folder / "request.json", request.model_dump_json())
     (folder / "todo").touch()  # from here on it counts
     wake(workspace, folder)
     return folder
-
-
-def _new_folder(requests: Path) -> Path:
-    while True:
-        folder = requests / f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
 
 
 def wake(workspace: Path, folder: Path | None = None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.jobs import locks, worker
 
 MODULE = "reparam_diffusion.jobs.workshop"
@@ -48,15 +48,7 @@ def submit(workspace: Path, arguments: Sequence[str], *, now: datetime.datetime)
     """Start a command of the command line on adapter files; gives the folder that tells how it goes."""
     if not arguments or arguments[0] not in COMMANDS:
         raise UserError(f"{arguments[0] if arguments else 'Nothing'} is no work for the workshop.")
-    name = f"{now:%Y%m%d-%H%M%S}-{arguments[0]}"
-    number = 1
-    while True:
-        folder = workspace.resolve() / "workshop" / (name if number == 1 else f"{name}-{number}")
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            number += 1
+    folder = new_folder(workspace.resolve() / "workshop", f"{now:%Y%m%d-%H%M%S}-{arguments[0]}")
     write_whole(folder / "request.json", json.dumps(list(arguments)))
     with (folder / "log.txt").open("ab") as log:
         process = worker.start_detached([sys.executable, "-m", MODULE, str(folder)], log)
