@@ -57,6 +57,18 @@ def choose_teddy(page: Page) -> None:
     expect(page.get_by_role("button", name="+ sks toy")).to_be_visible()
 
 
+def take_last_away(page: Page, label: str) -> None:
+    """The last of three values; a key that comes before the folded part is alive is lost, so it is pressed again."""
+    field = page.get_by_label(label, exact=True)
+    values = page.locator(".block", has=field).last.get_by_role("button", name=re.compile("^Remove"))
+    expect(values).to_have_count(3)
+    while values.count() == 3:
+        field.press("Backspace")
+        page.wait_for_timeout(300)
+    field.press("Escape")
+    expect(values).to_have_count(2)
+
+
 def test_a_prompt_becomes_a_picture(opened: Open, served: Served) -> None:
     page = generate_tab(opened())
     page.get_by_role("button", name="Draw", exact=True).click()
@@ -88,6 +100,8 @@ def test_only_pictures_are_served(served: Served) -> None:
 def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_there(opened: Open) -> None:
     page = generate_tab(opened(), steps=900)
     page.get_by_label("Prompt", exact=True).fill(APPLE)
+    for side in ("Width", "Height"):  # slow enough to be looked at from two browsers
+        page.get_by_label(re.compile(f"^{side}")).fill("320")
     page.get_by_role("button", name="Draw", exact=True).click()
     expect(page.get_by_text("Picture 1 of 1")).to_be_visible(timeout=SLOW)
     page.wait_for_url(re.compile("drawing="))
@@ -172,8 +186,7 @@ def test_a_grid_of_two_things_becomes_a_sheet(opened: Open, served: Served) -> N
     choose_teddy(page)
     page.get_by_role("button", name="Compare in a grid").click()
     for label in ("Across: values", "Down: values"):
-        page.get_by_label(label, exact=True).press("Backspace")  # the last of three
-        page.get_by_label(label, exact=True).press("Escape")
+        take_last_away(page, label)
     page.get_by_role("button", name="Draw the grid").click()
     expect(page.get_by_text(re.compile(r"^4 pictures in"))).to_be_visible(timeout=SLOW)
     expect(page.get_by_role("link", name="Open the sheet")).to_be_visible()
