@@ -23,7 +23,7 @@ STATES = {
 PHASES = {
     "": "getting ready",
     "starting": "starting and loading the model",
-    "first pictures": "drawing the base model's pictures",
+    "first step": "taking the first step",
     "preview pictures": "drawing the base model's pictures",
     "latents": "reading the pictures",
     "captions": "reading the captions",

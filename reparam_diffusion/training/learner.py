@@ -142,6 +142,25 @@ class Learner:
         finally:
             self.average.restore(self.parameters)
 
+    def kept(self) -> list[torch.Tensor]:
+        """A copy of what is trained, as it is now, in host memory."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    @contextmanager
+    def at(self, values: list[torch.Tensor]) -> Iterator[None]:
+        """What is trained as it was kept, while the body runs."""
+        now = self.kept()
+        self._put(values)
+        try:
+            yield
+        finally:
+            self._put(now)
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
     def ranks(self) -> dict[str, int]:
         """Live ranks by site, for methods that have them."""
         found = {site: adapter.live_rank() for site, adapter in self.adapters.items()}

@@ -96,8 +96,6 @@ def train(
         ranks=learner.ranks(),
     )
     look = _Look(setup, learner)
-    if saved is None:
-        yield from look.at(0)
     text_is_cached = not trains_text(config) and not config.data.shuffle_tags
     with learner.injection, model.parked(text=text_is_cached):
         for step in range(first, training.steps + 1):
@@ -117,9 +115,13 @@ def train(
             loss = forward_and_backward(setup, learner, step)
             if step == first:
                 learner.check_gradients()
+            fresh = learner.kept() if step == 1 else None
             rates = learning_rates(learner.optimizer)
             norm = learner.update(step)
             yield Step(step, loss, rates, time.perf_counter() - clock, norm)
+            if fresh is not None:  # the looks before step 1 come after it, since they take minutes on a large model
+                with learner.at(fresh):
+                    yield from look.at(0)
             yield from look.at(step)
         path = look.finish(training.steps)
         yield Saved(training.steps, path, "adapter")
