@@ -96,8 +96,7 @@ def train(
         ranks=learner.ranks(),
     )
     look = _Look(setup, learner)
-    text_is_cached = not trains_text(config) and not config.data.shuffle_tags
-    with learner.injection, model.parked(text=text_is_cached):
+    with learner.injection, model.parked(text=not trains_text(config) and not config.data.shuffle_tags):
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
