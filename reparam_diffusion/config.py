@@ -118,8 +118,11 @@ class TrainingSettings(Settings):
     """Learning rate of the UNet's adapters."""
     text_learning_rate: float = Field(0.0, ge=0, le=1)
     """Learning rate of the text encoders' adapters; 0 takes half the UNet's."""
-    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop"] = "adamw"
-    """Optimizer, from torch.optim."""
+    optimizer: Literal[
+        "adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop", "adamw8bit", "lion", "lion8bit", "prodigy",
+        "adamw_schedulefree",
+    ] = "adamw"  # fmt: skip
+    """Optimizer; the last five need requirements-extras.txt. Prodigy wants learning rate 1, lion a third of adamw's."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Adam's averaging of the gradient and of its square."""
     weight_decay: float = Field(0.01, ge=0, le=1)

@@ -32,8 +32,13 @@ from reparam_diffusion.training.objective import Noised, Objective
 from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
 from reparam_diffusion.training.ready import keep, recompute
 
-STATES = {"adamw": 2, "adam": 2, "radam": 2, "nadam": 2, "sgd": 1, "rmsprop": 1, "adafactor": 0}
-"""Numbers that an optimizer keeps for each one it trains."""
+STATES = {
+    "adamw": 8, "adam": 8, "radam": 8, "nadam": 8, "sgd": 4, "rmsprop": 4, "adafactor": 0, "adamw8bit": 2, "lion": 4,
+    "lion8bit": 1, "prodigy": 16, "adamw_schedulefree": 8,
+}  # fmt: skip
+"""Bytes that an optimizer keeps for each number it trains."""
+_LEAST_8BIT = 4096
+"""bitsandbytes keeps states of fewer numbers than this in fp32."""
 _PROGRAM_BYTES = 115_000_000
 """On a CPU: code and tables that libraries load at first use, and what the allocator keeps in fragments."""
 _KERNEL_BYTES = 350_000
@@ -134,7 +139,7 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
         drawing = everything + _draw(model, drawn if config.prior.weight else 1)
     with attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection, _recomputed(model, config):
         learned = sum(_bytes(adapter) for adapter in injection.adapters.values())
-        learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
+        learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in injection.parameters())
         with torch.no_grad():
             drawing = max(drawing, everything + learned + max(_draw(model, 1), _look(model, config)))
         with _counted(*model.parts.values(), *injection.adapters.values()) as ledger:
@@ -145,6 +150,15 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
         beside = _PROGRAM_BYTES + _KERNEL_BYTES * len(ledger.kernels)
         return Memory(*(part + beside for part in parts))
     return Memory(*(int(part * (1 + _CUDA_SHARE)) for part in parts))
+
+
+def _state_bytes(optimizer: str, numbers: int) -> int:
+    """What the optimizer keeps for one parameter; of 8 bits also the scale of each block of 256."""
+    if not optimizer.endswith("8bit"):
+        return STATES[optimizer] * numbers
+    if numbers < _LEAST_8BIT:
+        return 4 * STATES[optimizer] * numbers
+    return STATES[optimizer] * (numbers + 4 * -(-numbers // 256))
 
 
 def _text_is_live(config: TrainConfig) -> bool:

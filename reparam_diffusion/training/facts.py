@@ -16,6 +16,7 @@ from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import Learner
+from reparam_diffusion.training.optim import schedule_of, text_rate
 from reparam_diffusion.training.setup import Setup
 
 ADAPTER = "adapter.safetensors"
@@ -67,7 +68,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         clip_skip=config.model.clip_skip,
         max_tokens=model.tokenizers[0].model_max_length,
         learning_rate=training.learning_rate,
-        text_learning_rate=(training.text_learning_rate or training.learning_rate / 2) if trains_text(config) else 0.0,
+        text_learning_rate=text_rate(training) if trains_text(config) else 0.0,
         trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
@@ -78,7 +79,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         warmup_steps=round(training.warmup * training.steps),
         seed=training.seed,
         optimizer=training.optimizer,
-        schedule=training.schedule,
+        schedule=schedule_of(training),
         mixed_precision="no" if model.dtype == torch.float32 else name_of(model.dtype),
         clip=training.clip,
         gradient_checkpointing=training.gradient_checkpointing,

@@ -18,7 +18,7 @@ from reparam_diffusion.models.encode import last_layers
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.targets import TEXT_SETS, SitePlan, build_adapters, plan_sites, sites_of
 from reparam_diffusion.training.batch import trains_text
-from reparam_diffusion.training.optim import make_optimizer, make_schedule
+from reparam_diffusion.training.optim import is_schedule_free, make_optimizer, make_schedule
 from reparam_diffusion.training.processes import Processes
 
 
@@ -59,7 +59,7 @@ class Learner:
         self.adapters: dict[str, Adapter] = build_adapters(model.parts, sites, seed=training.seed)
         self.injection: Injection = attach(model.parts, self.adapters)
         self.parameters = [p for p in self.injection.parameters() if p.numel()]
-        self.optimizer = make_optimizer(training, self.adapters)
+        self.optimizer = make_optimizer(training, self._by_part())
         self.schedule = make_schedule(training, self.optimizer)
         self.average = _make_average(self.parameters, training.ema)
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
@@ -68,6 +68,13 @@ class Learner:
         self.by_method: dict[str, list[Adapter]] = {}
         for adapter in self.adapters.values():
             self.by_method.setdefault(adapter.name, []).append(adapter)
+
+    def _by_part(self) -> dict[str, list[nn.Parameter]]:
+        """What is learned, by the model part it belongs to."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for site, adapter in self.adapters.items():
+            parts.setdefault(site.partition(".")[0], []).extend(p for p in adapter.parameters() if p.numel())
+        return parts
 
     def penalty(self) -> torch.Tensor | None:
         """The methods' own terms of the loss, such as AdaLoRA's orthogonality."""
@@ -129,18 +136,26 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The adapters at their moving average, where one is kept."""
-        if self.average is None:
+        """What is learned at its average, where one is kept: the moving one, or schedule-free's own."""
+        averages_itself = is_schedule_free(self.optimizer)
+        if self.average is None and not averages_itself:
             yield
             return
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+        else:
+            self.optimizer.eval()
         for adapter in self.adapters.values():
             adapter.settle()
         try:
             yield
         finally:
-            self.average.restore(self.parameters)
+            if averages_itself:
+                self.optimizer.train()
+            with torch.no_grad():  # bit for bit, which schedule-free's way back is not
+                for parameter, before in zip(self.parameters, kept, strict=True):
+                    parameter.copy_(before)
 
     def ranks(self) -> dict[str, int]:
         """Live ranks by site, for methods that have them."""

@@ -37,7 +37,7 @@ from reparam_diffusion.training.facts import ADAPTER, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
-from reparam_diffusion.training.optim import learning_rates
+from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
 from reparam_diffusion.training.processes import Processes
 from reparam_diffusion.training.ready import load_base, make_ready
@@ -65,6 +65,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
+    check_optimizer(config)
     saved = _last_state(folder, config, resume=resume)
     wanted = config.model.precision if saved is None else saved["precision"]  # a resumed run keeps its format
     model, processes = load_base(config, precision=wanted)
@@ -72,7 +73,7 @@ def train(
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
     sites = plan_run(model, config)
     done = 0 if saved is None else saved["step"]
-    yield from _notes(sites)
+    yield from _notes(config, sites)
     material = yield from _prepared(model, config, folder, processes, stop=stop, done=done)
     if material is None:
         return
@@ -270,8 +271,10 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
     return saved
 
 
-def _notes(sites: list[SitePlan]) -> Iterator[Event]:
-    """What had to be settled for some layers, each kind once."""
+def _notes(config: TrainConfig, sites: list[SitePlan]) -> Iterator[Event]:
+    """What had to be settled, for some layers each kind once."""
+    for told in notes_on(config):
+        yield Warned(told)
     notes = Counter(note for site in sites if (note := getattr(site.plan, "note", "")))
     for note, count in notes.items():
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
