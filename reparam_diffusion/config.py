@@ -145,6 +145,8 @@ class TrainingSettings(Settings):
     """Less memory for about a third more time."""
     compile: bool = False
     """Compile the model's repeated blocks (CUDA; the first steps take minutes)."""
+    start_from: str = ""
+    """An adapter to train on from: its name in the gallery, or a file. Its ranks win over those set here."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """The same seed gives the same run on the same machine."""
 

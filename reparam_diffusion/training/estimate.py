@@ -123,7 +123,7 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
-        min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
+        training.start_from, min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
     return Piece("peak bytes", f"{shape}, {device.type}, torch {torch.__version__}", json.dumps(settings))
 

@@ -18,6 +18,7 @@ from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import Learner
 from reparam_diffusion.training.optim import schedule_of, text_rate
 from reparam_diffusion.training.setup import Setup
+from reparam_diffusion.training.start import started_from
 
 ADAPTER = "adapter.safetensors"
 
@@ -100,5 +101,6 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         started_at=setup.begun,
         finished_at=time.time(),
         software_version=__version__,
+        started_from=started_from(config, setup.folder),
         config_toml=to_toml(config),
     )

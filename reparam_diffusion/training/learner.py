@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from reparam_diffusion.targets import TEXT_SETS, SitePlan, build_adapters, plan_
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.optim import is_schedule_free, make_optimizer, make_schedule
 from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.start import started
 
 
-def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:
-    """What every layer of a run gets, before anything is built."""
+def plan_run(model: Model, config: TrainConfig, *, start: Path | None = None) -> list[SitePlan]:
+    """What every layer of a run gets, before anything is built. `start` is a kept copy of what it starts from."""
     targets: dict[str, str | list[str]] = {}
     if config.targets.unet not in ("none", []):
         targets["unet"] = config.targets.unet
@@ -46,17 +48,33 @@ def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:
             )
     rules = [(rule.match, rule.adapter) for rule in config.targets.rules]
     layers = last_layers(model, clip_skip=config.model.clip_skip)
-    return plan_sites(model.parts, targets, config.adapter, rules, last_layers=layers)
+    sites = plan_sites(model.parts, targets, config.adapter, rules, last_layers=layers)
+    if not config.training.start_from:
+        return sites
+    file = start or Path(config.training.start_from).expanduser()
+    found = started(file, model.parts, sites, seed=config.training.seed)
+    return [found[site.site][0] if site.site in found else site for site in sites]
 
 
 class Learner:
     """The trainable side of a run. Adapters and optimizer are fp32 whatever the model's number format is."""
 
-    def __init__(self, model: Model, config: TrainConfig, sites: list[SitePlan], processes: Processes) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        sites: list[SitePlan],
+        processes: Processes,
+        *,
+        start: Path | None = None,
+    ) -> None:
         training = config.training
         self.config = config
         self.processes = processes
         self.adapters: dict[str, Adapter] = build_adapters(model.parts, sites, seed=training.seed)
+        if start is not None:
+            found = started(start, model.parts, sites, seed=training.seed)
+            self.adapters |= {site: adapter for site, (_, adapter) in found.items()}
         self.injection: Injection = attach(model.parts, self.adapters)
         self.parameters = [p for p in self.injection.parameters() if p.numel()]
         self.optimizer = make_optimizer(training, self._by_part())

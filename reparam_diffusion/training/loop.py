@@ -42,6 +42,7 @@ from reparam_diffusion.training.prepare import Material, prepare, preview_prompt
 from reparam_diffusion.training.processes import Processes
 from reparam_diffusion.training.ready import load_base, make_ready
 from reparam_diffusion.training.setup import Setup
+from reparam_diffusion.training.start import keep_start
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
 
 Asked = Callable[[], str | bool]
@@ -67,18 +68,19 @@ def train(
     begun = time.time()
     check_optimizer(config)
     saved = _last_state(folder, config, resume=resume)
-    wanted = config.model.precision if saved is None else saved["precision"]  # a resumed run keeps its format
-    model, processes = load_base(config, precision=wanted)
+    # A resumed run keeps its format.
+    model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
-    sites = plan_run(model, config)
+    start = keep_start(config, folder, is_main=processes.is_main)
+    sites = plan_run(model, config, start=start)
     done = 0 if saved is None else saved["step"]
     yield from _notes(config, sites)
     material = yield from _prepared(model, config, folder, processes, stop=stop, done=done)
     if material is None:
         return
     setup = Setup(model, config, objective, material, processes, folder, begun)
-    learner = Learner(model, config, sites, processes)
+    learner = Learner(model, config, sites, processes, start=start)
     first = done + 1
     if saved is not None:
         learner.load_state(saved)
