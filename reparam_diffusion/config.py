@@ -151,6 +151,15 @@ class TrainingSettings(Settings):
     """The same seed gives the same run on the same machine."""
 
 
+class EmbeddingSettings(Settings):
+    vectors: int = Field(0, ge=0, le=16)
+    """Learn the trigger word itself as so many vectors, along with the adapter and in its file; 0 does not."""
+    words: str = ""
+    """What the trigger word begins as, such as "plush bear"; empty takes the class word."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Learning rate of the vectors."""
+
+
 class OutputSettings(Settings):
     name: str = ""
     """The adapter's name; empty makes one from the trigger and the method."""
@@ -185,6 +194,7 @@ class TrainConfig(Settings):
     prior: PriorSettings = PriorSettings()
     targets: TargetSettings = TargetSettings()
     training: TrainingSettings = TrainingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
 

@@ -18,6 +18,7 @@ from reparam_diffusion.models.precision import pick_device, pick_precision
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.single_file import load_checkpoint, load_vae
 from reparam_diffusion.models.source import find_source
+from reparam_diffusion.models.words import Speech
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -36,6 +37,8 @@ class Model:
     dtype: torch.dtype
     habits: Habits = field(default_factory=Habits)
     folder: Path | None = None
+    speech: Speech | None = None
+    """The new words that are on it; `models.words.set_words` changes them."""
     _idle: list[nn.Module] = field(default_factory=list)
 
     @property

@@ -36,6 +36,7 @@ def write_finished(
             family=setup.model.family,
             precision=setup.config.output.file_precision,
             metadata=build_header(facts),
+            words=[] if learner.word is None else [learner.word],
         )
     return name
 

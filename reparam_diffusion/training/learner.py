@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import last_layers
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.words import Word, add_words, take_words
 from reparam_diffusion.targets import TEXT_SETS, SitePlan, build_adapters, plan_sites, sites_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.optim import is_schedule_free, make_optimizer, make_schedule
@@ -67,6 +69,7 @@ class Learner:
         processes: Processes,
         *,
         start: Path | None = None,
+        word: Word | None = None,
     ) -> None:
         training = config.training
         self.config = config
@@ -76,8 +79,13 @@ class Learner:
             found = started(start, model.parts, sites, seed=training.seed)
             self.adapters |= {site: adapter for site, (_, adapter) in found.items()}
         self.injection: Injection = attach(model.parts, self.adapters)
-        self.parameters = [p for p in self.injection.parameters() if p.numel()]
-        self.optimizer = make_optimizer(training, self._by_part())
+        self.word = word
+        self._model = model
+        if word is not None:
+            add_words(model, [word])
+        learned = self._by_part()
+        self.parameters = [parameter for part in learned.values() for parameter in part]
+        self.optimizer = make_optimizer(training, learned, embedding_rate=config.embedding.learning_rate)
         self.schedule = make_schedule(training, self.optimizer)
         self.average = _make_average(self.parameters, training.ema)
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
@@ -92,7 +100,31 @@ class Learner:
         parts: dict[str, list[nn.Parameter]] = {}
         for site, adapter in self.adapters.items():
             parts.setdefault(site.partition(".")[0], []).extend(p for p in adapter.parameters() if p.numel())
+        if self.word is not None:
+            parts["embedding"] = [v for v in self.word.vectors.values() if isinstance(v, nn.Parameter)]
         return parts
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take adapters and word off the model."""
+        self.injection.remove()
+        if self.word is not None:
+            take_words(self._model, [self.word])
+
+    @property
+    def count(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def word_bytes(self) -> int:
+        """What the learned word adds to the file."""
+        each = 4 if self.config.output.file_precision == "fp32" else 2
+        return 0 if self.word is None else each * sum(v.numel() for v in self.word.vectors.values())
 
     def penalty(self) -> torch.Tensor | None:
         """The methods' own terms of the loss, such as AdaLoRA's orthogonality."""
@@ -184,6 +216,7 @@ class Learner:
         """Everything a resume needs, as tensors and plain values."""
         return {
             "adapters": {site: adapter.state() for site, adapter in self.adapters.items()},
+            "word": {} if self.word is None else {part: v.detach().cpu() for part, v in self.word.vectors.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -199,6 +232,8 @@ class Learner:
             )
         for site, adapter in self.adapters.items():
             adapter.load_state(state["adapters"][site])
+        for part, vectors in ({} if self.word is None else self.word.vectors).items():
+            vectors.data.copy_(state["word"][part])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
