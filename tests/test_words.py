@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,14 @@ from reparam_diffusion.config import TrainConfig, parse_set, settle
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Started, Step, Warned
 from reparam_diffusion.formats.bundled import write_embedding
+from reparam_diffusion.formats.export import Target, export_adapter
+from reparam_diffusion.formats.programs import PROGRAMS
 from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.gallery.bake import bake
+from reparam_diffusion.gallery.blend.blending import blend_files
+from reparam_diffusion.gallery.blend.sources import Source
+from reparam_diffusion.gallery.doctor import diagnose, repair
+from reparam_diffusion.gallery.report import report_lines, report_of
 from reparam_diffusion.models.encode import encode
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.words import Word, add_words, has_word, set_words, spoken, take_words
@@ -280,3 +287,46 @@ def test_diffusers_reads_the_word_by_itself_as_we_do(
     torch.testing.assert_close(ours.hidden, theirs[0], rtol=1e-5, atol=1e-5)
     if family == "sdxl":
         torch.testing.assert_close(ours.pooled, theirs[2], rtol=1e-5, atol=1e-5)
+
+
+def test_a_word_goes_along_through_export_blend_doctor_and_bake(
+    place: Path, models: dict[str, Model], tmp_path: Path
+) -> None:
+    run(config_for(place, "sd1"), tmp_path / "one")
+    run(config_for(place, "sd1", "training.seed=3", "embedding.words=blue"), tmp_path / "two")
+    file, other = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
+    exact, model = vectors_in(file)["te1"], models["sd1"]
+
+    def made(steps: Iterator[Any]) -> Any:
+        return list(steps)[-1]
+
+    for target in get_args(Target):
+        out = tmp_path / (target if target == "peft" else f"{target}.safetensors")
+        done = made(export_adapter(file, out, parts=model.parts, family="sd1", target=target, precision="fp32"))
+        keeps_it = target in ("lycoris", "a1111")
+        assert bool(read_adapter(out).words) == keeps_it
+        assert [reading for reading in done.readings if reading.program.startswith("LyCORIS")] == (
+            [] if not keeps_it else [done.readings[0]]
+        )
+        beside = tmp_path / f"{target}-embedding.safetensors"
+        assert beside.is_file() == (target != "lycoris")
+        if beside.is_file():
+            assert torch.equal(load_file(beside)["sks"], exact) and beside.name in " ".join(done.notes)
+        if keeps_it:
+            assert torch.equal(vectors_in(out)["te1"], exact) and done.readings[0].agrees
+    made(blend_files([Source(file, 0.5)], tmp_path / "half.safetensors", model=model, precision="fp32"))
+    assert torch.equal(vectors_in(tmp_path / "half.safetensors")["te1"], exact), "a word has no strength"
+    with pytest.raises(UserError, match="Two adapters bring the word"):
+        made(blend_files([Source(file), Source(other)], tmp_path / "both.safetensors", model=model))
+    with pytest.raises(UserError, match="Two adapters bring the word"):
+        generate(model, "sks", adapters=[file, other], steps=1)
+    assert model.speech is None
+    found = diagnose(file, model)
+    assert found.words == {"sks": 2} and not found.left_out
+    assert {v.program: v.opens for v in found.verdicts} == dict.fromkeys(PROGRAMS, False) | {"A1111": True}
+    made(repair(file, tmp_path / "mended.safetensors", model=model, precision="fp32"))
+    assert torch.equal(vectors_in(tmp_path / "mended.safetensors")["te1"], exact)
+    assert report_of(file)["words"] == {"sks": 2}
+    assert "Learned   sks (2 vectors)" in report_lines(report_of(file))
+    made(bake(model, [Source(file)], tmp_path / "baked", precision="fp32"))
+    assert torch.equal(load_file(tmp_path / "baked-embedding.safetensors")["sks"], exact)

@@ -110,7 +110,7 @@ class AdapterFile:
     @property
     def trigger(self) -> str:
         """The words that call it, when the file says so."""
-        return guess_trigger(self.metadata)
+        return guess_trigger(self.metadata) or ", ".join(word.text for word in self.words)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -74,27 +74,30 @@ class Speech:
             tap.remove()
 
 
-def set_words(model: Model, words: Sequence[Word]) -> None:
-    """Have exactly these words on the model; one that comes twice with the same vectors counts once.
-
-    Raises UserError for two words of one name that differ; then the model is as it was.
-    """
-    wanted: dict[str, Word] = {}
+def united(words: Iterable[Word]) -> list[Word]:
+    """The words, one that comes twice with the same vectors once. Raises UserError for two of one name that differ."""
+    found: dict[str, Word] = {}
     for word in words:
-        other = wanted.setdefault(word.text.lower(), word)
+        other = found.setdefault(word.text.lower(), word)
         if other is not word and not other.is_same(word):
             raise UserError(
                 f'Two adapters bring the word "{word.text}".',
                 "Each has learned vectors of its own for it.",
                 "Use one of them.",
             )
+    return list(found.values())
+
+
+def set_words(model: Model, words: Sequence[Word]) -> None:
+    """Have exactly these words on the model. Raises UserError as `united`; then the model is as it was."""
+    wanted = united(words)
     speech: Speech | None = model.speech
-    if speech is not None and speech.words == list(wanted.values()):
+    if speech is not None and speech.words == wanted:
         speech.asked = list(words)
         return
     if speech is not None:
         speech.end(model)
-    model.speech = Speech(model, list(wanted.values()), asked=words) if wanted else None
+    model.speech = Speech(model, wanted, asked=words) if wanted else None
 
 
 def add_words(model: Model, words: Sequence[Word]) -> None:
