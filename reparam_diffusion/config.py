@@ -49,6 +49,8 @@ class ModelSettings(Settings):
     """A VAE to use instead of the model's own: a folder or a .safetensors file. Empty takes the model's own."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the model predicts; auto takes what its files say."""
+    zero_terminal_snr: bool = False
+    """Let the noise end in pure noise, for very dark and very bright pictures; for models with v-prediction."""
 
 
 class DataSettings(Settings):

@@ -104,6 +104,32 @@ def test_zero_terminal_snr_refuses_epsilon(models: dict[str, Path], pictures: Pa
         run(config_for(models["zero-epsilon"], pictures), tmp_path)
 
 
+def test_zero_terminal_snr_holds_for_training_previews_and_the_header(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", "sd1", prediction="v_prediction")
+    first: list[int] = []
+    real = torch.nn.Module.__call__
+
+    def watched(module: Any, *args: Any, **named: Any) -> Any:
+        if type(module).__name__ == "UNet2DConditionModel" and not torch.is_grad_enabled() and len(args[1:2]):
+            first.append(int(torch.as_tensor(args[1]).max()))
+        return real(module, *args, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", watched)
+    config = config_for(
+        model, pictures, "model.zero_terminal_snr=true", "training.steps=2", "output.validate_every=100"
+    )
+    events = run(config, tmp_path / "run")
+    assert all(torch.isfinite(torch.tensor(event.loss)) for event in of(Step, events))
+    assert 999 in first, "previews start at the last timestep"
+    assert read_adapter(tmp_path / "run" / "adapter.safetensors").metadata["ss_zero_terminal_snr"] == "True"
+    with pytest.raises(UserError, match="needs a model with v-prediction"):
+        run(
+            config_for(save_tiny(tmp_path / "epsilon", "sd1"), pictures, "model.zero_terminal_snr=true"), tmp_path / "b"
+        )
+
+
 def test_several_methods_share_a_run_by_rules(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     config = config_for(
         models["sd1"], pictures, "targets.unet=all", "training.warmup=0.0",

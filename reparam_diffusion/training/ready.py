@@ -23,6 +23,7 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         dtype=dtype,
         vae=config.model.vae,
         prediction_type=config.model.prediction_type,
+        zero_terminal_snr=config.model.zero_terminal_snr,
     )
     return model, processes
 
