@@ -24,6 +24,7 @@ from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.loop import train
 from reparam_diffusion.training.processes import Processes
+from ui import starting
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,22 @@ def test_what_cannot_be_trained_on_is_told(place: Path, model: Model, trained: T
     assert "keys have no place" in told(f"training.start_from='{strange}'").why
     with pytest.raises(UserError, match="There is no adapter at"):
         list(train(config_for(place, "training.start_from=nothing"), folder=tmp_path / "run"))
+
+
+def test_the_gallery_fills_the_form_to_train_on_from_an_adapter(place: Path, trained: Trained, workspace: Path) -> None:
+    ours = shelf.add(trained["loha"], workspace, name="ours")
+    shown = starting.on_from(workspace, shelf.stem_of(ours))
+    assert (shown["method"], shown["training.start_from"], shown["training.steps"]) == ("loha", "ours", 3)
+    assert shown["adapter.loha.rank"] == 2 and shown["output.name"] == "", "its own settings, under a new name"
+    foreign = place / "foreign.safetensors"
+    tensors = load_file(trained["lora"])
+    save_file(tensors | {"bundle_emb.blorp.string_to_param.*": torch.ones(3, 16)}, foreign)
+    shown = starting.on_from(workspace, shelf.stem_of(shelf.add(foreign, workspace, name="foreign")))
+    assert (shown["method"], shown["targets.text_encoder"]) == ("lora", "attention+mlp")
+    assert (shown["data.trigger"], shown["embedding.vectors"]) == ("blorp", 3)
+    save_file({f"{key.split('.')[0]}.diff": t for key, t in tensors.items() if "lora_up" in key}, foreign)
+    with pytest.raises(UserError, match="cannot be trained on as it is"):
+        starting.on_from(workspace, shelf.stem_of(shelf.add(foreign, workspace, name="full")))
 
 
 def test_a_gallery_name_becomes_a_path_when_a_run_is_made(place: Path, trained: Trained, workspace: Path) -> None:
