@@ -65,7 +65,7 @@ def card(page: Page, name: str) -> Locator:
 
 
 def test_train_on_from_this_opens_the_form_with_the_adapter(page: Page, served: Served) -> None:
-    put(served.workspace / "adapters", "teddy", ss_trigger_words="sks")
+    put(served.workspace, "teddy", ss_trigger_words="sks")
     card(page, "teddy").click(timeout=SLOW)
     page.get_by_role("button", name="Train on from this").click(timeout=SLOW)
     expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true", timeout=SLOW)
