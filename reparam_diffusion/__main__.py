@@ -275,8 +275,9 @@ def _is_number(text: str) -> bool:
 def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
+    from reparam_diffusion.jobs.runs import with_start
 
-    cost = cost_here(config, pictures=pictures, workspace=workspace)
+    cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         typer.echo(line)
 

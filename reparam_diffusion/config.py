@@ -49,6 +49,8 @@ class ModelSettings(Settings):
     """A VAE to use instead of the model's own: a folder or a .safetensors file. Empty takes the model's own."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the model predicts; auto takes what its files say."""
+    zero_terminal_snr: bool = False
+    """Let the noise end in pure noise, for very dark and very bright pictures; for models with v-prediction."""
 
 
 class DataSettings(Settings):
@@ -118,8 +120,11 @@ class TrainingSettings(Settings):
     """Learning rate of the UNet's adapters."""
     text_learning_rate: float = Field(0.0, ge=0, le=1)
     """Learning rate of the text encoders' adapters; 0 takes half the UNet's."""
-    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop"] = "adamw"
-    """Optimizer, from torch.optim."""
+    optimizer: Literal[
+        "adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop", "adamw8bit", "lion", "lion8bit", "prodigy",
+        "adamw_schedulefree",
+    ] = "adamw"  # fmt: skip
+    """Optimizer; the last five need requirements-extras.txt. Prodigy wants learning rate 1, lion a third of adamw's."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Adam's averaging of the gradient and of its square."""
     weight_decay: float = Field(0.01, ge=0, le=1)
@@ -142,8 +147,19 @@ class TrainingSettings(Settings):
     """Less memory for about a third more time."""
     compile: bool = False
     """Compile the model's repeated blocks (CUDA; the first steps take minutes)."""
+    start_from: str = ""
+    """An adapter to train on from: its name in the gallery, or a file. Its ranks win over those set here."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """The same seed gives the same run on the same machine."""
+
+
+class EmbeddingSettings(Settings):
+    vectors: int = Field(0, ge=0, le=16)
+    """Learn the trigger word itself as so many vectors, along with the adapter and in its file; 0 does not."""
+    words: str = ""
+    """What the trigger word begins as, such as "plush bear"; empty takes the class word."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Learning rate of the vectors."""
 
 
 class OutputSettings(Settings):
@@ -180,6 +196,7 @@ class TrainConfig(Settings):
     prior: PriorSettings = PriorSettings()
     targets: TargetSettings = TargetSettings()
     training: TrainingSettings = TrainingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
 

@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
             "keep_tags", "held_out",
         ),
     ),
+    "Trigger word": ("embedding", ()),
     "Keep the class": ("prior", ()),
     "Layers": ("targets", ()),
     "Previews and file": ("output", ()),

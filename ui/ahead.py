@@ -14,7 +14,7 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
 from reparam_diffusion.data.check import look_over
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import estimates, queue
+from reparam_diffusion.jobs import estimates, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
@@ -39,7 +39,7 @@ class Ahead:
 def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str, Any]) -> Ahead:
     """What can be told now; what is not known is being found out when this returns. Any: settings of all types."""
     try:
-        mine = settle(starting.layer_of(settings))
+        mine = runs.with_start(settle(starting.layer_of(settings)), workspace)
         outline(mine.model.path)
     except UserError:  # a mistake in the settings is told at its control when Start is pressed
         return Ahead(cards({}), "", is_complete=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, runs
 from ui.form import flat, nested
 
@@ -79,6 +84,29 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
     run = runs.create_run(config.model_copy(update={"data": data}), workspace, now=datetime.datetime.now())
     queue.submit(run)
     return run
+
+
+def on_from(workspace: Path, stem: str) -> dict[str, Any]:
+    """The settings that train on from an adapter of the gallery, as the form shows them: its own where its header has
+    them, else its method and the layers that it has. Any: as above.
+    """
+    file = read_adapter(shelf.at(stem, workspace))
+    header, method = file.metadata, file.metadata.get("reparam_method", file.method)
+    try:
+        shown = shown_of(settle(tomllib.loads(header["reparam_config"])))
+    except (KeyError, tomllib.TOMLDecodeError, UserError):
+        if method not in METHODS:
+            raise UserError(
+                f"{stem} cannot be trained on as it is.",
+                f"It is {method_title(method)}, which is not trained here.",
+                "Convert it to LoRA in Blend first.",
+            ) from None
+        text = {"targets.text_encoder": "attention+mlp"} if any(site.startswith("te") for site in file.sites) else {}
+        shown = {"data.trigger": file.trigger, "targets.unet": "all", **text, "method": method}
+    words = {}
+    if file.words:
+        words = {"embedding.vectors": file.words[0].count, "data.trigger": file.words[0].text}
+    return {**shown, **words, "output.name": "", "training.start_from": stem, "preset": presets.FIRST}
 
 
 def again(workspace: Path, run: Path) -> tuple[str | None, dict[str, Any]]:

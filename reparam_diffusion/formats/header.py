@@ -86,6 +86,8 @@ class TrainingFacts:
     finished_at: float = 0.0
     software: str = "Reparam Diffusion"
     software_version: str = ""
+    started_from: str = ""
+    """The adapter that it was trained on from, with the hash of its tensors."""
     config_toml: str = ""
 
 
@@ -110,6 +112,8 @@ def build_header(facts: TrainingFacts) -> dict[str, str]:
     if facts.trigger:
         header["ss_trigger_words"] = header["trigger_words"] = facts.trigger
         header["modelspec.trigger_phrase"] = " ".join(word for word in (facts.trigger, facts.class_word) if word)
+    if facts.started_from:
+        header["reparam_started_from"] = facts.started_from
     if facts.config_toml:
         header["reparam_config"] = facts.config_toml
     header["reparam_method"] = facts.method

@@ -16,7 +16,7 @@ from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, s
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
 from reparam_diffusion.files import new_folder, write_whole
-from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_queue",
     "state_of",
     "take_sample",
+    "with_start",
     "workspace_of",
 ]
 
@@ -46,11 +47,25 @@ REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
 
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
-    config = _with_absolute_paths(config)
+    config = _with_absolute_paths(with_start(config, workspace))
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))
     return folder
+
+
+def with_start(config: TrainConfig, workspace: Path) -> TrainConfig:
+    """The settings with the whole path of the adapter to train on from. Raises UserError when there is none."""
+    name = config.training.start_from
+    if not name:
+        return config
+    path = Path(name).expanduser()
+    try:
+        found = path if path.exists() else find(name, workspace)
+    except UserError as error:
+        raise UserError(error.what, error.why, error.do, place="training.start_from") from None
+    training = config.training.model_copy(update={"start_from": str(found.resolve())})
+    return config.model_copy(update={"training": training})
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:

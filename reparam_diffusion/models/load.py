@@ -16,8 +16,10 @@ from reparam_diffusion.models.folder import load_pipeline
 from reparam_diffusion.models.habits import Habits
 from reparam_diffusion.models.precision import pick_device, pick_precision
 from reparam_diffusion.models.quiet import quiet
+from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.single_file import load_checkpoint, load_vae
 from reparam_diffusion.models.source import find_source
+from reparam_diffusion.models.words import Speech
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -36,6 +38,8 @@ class Model:
     dtype: torch.dtype
     habits: Habits = field(default_factory=Habits)
     folder: Path | None = None
+    speech: Speech | None = None
+    """The new words that are on it; `models.words.set_words` changes them."""
     _idle: list[nn.Module] = field(default_factory=list)
 
     @property
@@ -113,12 +117,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     vae: str | Path = "",
     prediction_type: str = "auto",
+    zero_terminal_snr: bool = False,
 ) -> Model:
     """A base model, ready to draw and to carry adapters; its weights are frozen.
 
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
     and bf16 (or fp16) on a GPU; the VAE is fp32 always, as half of it overflows. `vae` is a VAE to use instead of the
-    model's own, `prediction_type` overrides what was detected. Raises UserError when it cannot be read.
+    model's own, `prediction_type` overrides what was detected, `zero_terminal_snr` lets its noise end in pure noise.
+    Raises UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:
@@ -134,6 +140,8 @@ def load_model(
         if prediction_type != "auto":
             kind = type(parts.scheduler)
             parts.scheduler = kind.from_config(parts.scheduler.config, prediction_type=prediction_type)
+        if zero_terminal_snr:
+            parts.scheduler = down_to_noise(parts.scheduler)
     model = Model(
         name=source.name,
         unet=parts.unet,

@@ -105,10 +105,10 @@ def scaled(model: Model, latents: Tensor) -> Tensor:
 
 
 def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
-    """Embeddings from the cache, or encoded anew where the text encoders carry adapters."""
+    """Embeddings from the cache, or encoded anew where they change from step to step."""
     model, config = setup.model, setup.config
     skip = config.model.clip_skip
-    if trains_text(config) or config.data.shuffle_tags:
+    if text_is_live(config):
         return encode(model, captions, clip_skip=skip)
     found = [setup.material.texts.get(caption, text_encoder(model, skip)) for caption in captions]
     hidden = torch.cat([rows["hidden"] for rows in found]).to(model.device)
@@ -119,6 +119,16 @@ def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
 def trains_text(config: TrainConfig) -> bool:
     """Whether any text encoder carries adapters."""
     return config.targets.text_encoder not in ("none", [])
+
+
+def teaches_text(config: TrainConfig) -> bool:
+    """Whether gradients go through the text encoders: to adapters, or to the trigger word's vectors."""
+    return trains_text(config) or config.embedding.vectors > 0
+
+
+def text_is_live(config: TrainConfig) -> bool:
+    """Whether captions are encoded anew in each step."""
+    return teaches_text(config) or config.data.shuffle_tags
 
 
 def size_ids(model: Model, samples: Sequence[Sample]) -> Tensor | None:

@@ -18,7 +18,8 @@ from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.targets import count_parameters, file_bytes
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import text_is_live
+from reparam_diffusion.training.embedding import count_vectors
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
@@ -65,7 +66,7 @@ class Cost:
     device: str
     """ "cpu" or "cuda": where the peak is."""
     notes: tuple[str, ...]
-    """What had to be settled for some layers."""
+    """What had to be settled for some layers, and what costs more than it might."""
 
     @property
     def seconds(self) -> float | None:
@@ -104,16 +105,21 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     left = class_pictures_left(model, config, workspace)
     pieces = pieces_of(model, key, config, machine_name(device, threads))
     counts = work_of(model, config, pictures=pictures, class_pictures=left)
+    vectors = count_vectors(model, config)
+    notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
+    if text_is_live(config):
+        notes.append("captions are encoded anew in each step")
     peak = book.read().get(memory_piece(key, config, device))
     return Cost(
         sites=len(sites),
-        parameters=count_parameters(sites),
-        file_bytes=file_bytes(sites, config.output.file_precision),
+        parameters=count_parameters(sites) + vectors,
+        file_bytes=file_bytes(sites, config.output.file_precision)
+        + vectors * (4 if config.output.file_precision == "fp32" else 2),
         parts=parts_of(book, pieces, counts),
         class_pictures=left,
         peak_bytes=None if peak is None else int(peak),
         device=device.type,
-        notes=tuple(sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})),
+        notes=tuple(notes),
     )
 
 
@@ -123,6 +129,7 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
+        training.start_from, config.embedding.vectors,
         min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
     return Piece("peak bytes", f"{shape}, {device.type}, torch {torch.__version__}", json.dumps(settings))
@@ -134,7 +141,7 @@ def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures:
     held_out = pictures // LEAST_FOR_HELD_OUT if data.held_out < 0 else min(data.held_out, pictures // 4)
     class_items = config.prior.images if config.prior.weight else 0
     looks = 1 + _times(training.steps, output.validate_every or max(training.steps // 10, 1))
-    is_cached = not trains_text(config) and not data.shuffle_tags
+    is_cached = not text_is_live(config)
     return {
         "loading": 1,
         "latents": pictures * (2 if data.flip else 1) + class_items,

@@ -24,16 +24,23 @@ from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import at_once
+from reparam_diffusion.models.words import spoken
 from reparam_diffusion.targets import SitePlan
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import teaches_text, text_is_live
+from reparam_diffusion.training.embedding import new_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
 from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
 from reparam_diffusion.training.ready import keep, recompute
 
-STATES = {"adamw": 2, "adam": 2, "radam": 2, "nadam": 2, "sgd": 1, "rmsprop": 1, "adafactor": 0}
-"""Numbers that an optimizer keeps for each one it trains."""
+STATES = {
+    "adamw": 8, "adam": 8, "radam": 8, "nadam": 8, "sgd": 4, "rmsprop": 4, "adafactor": 0, "adamw8bit": 2, "lion": 4,
+    "lion8bit": 1, "prodigy": 16, "adamw_schedulefree": 8,
+}  # fmt: skip
+"""Bytes that an optimizer keeps for each number it trains."""
+_LEAST_8BIT = 4096
+"""bitsandbytes keeps states of fewer numbers than this in fp32."""
 _PROGRAM_BYTES = 115_000_000
 """On a CPU: code and tables that libraries load at first use, and what the allocator keeps in fragments."""
 _KERNEL_BYTES = 350_000
@@ -126,15 +133,21 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
     everything = sum(_bytes(module) for module in (*model.parts.values(), model.vae))
     parked = 0  # a GPU is left by what training does not need; on a CPU all stays
     if device != "cpu":
-        parked = _bytes(model.vae) + (0 if _text_is_live(config) else sum(_bytes(e) for e in model.text_encoders))
+        parked = _bytes(model.vae) + (0 if text_is_live(config) else sum(_bytes(e) for e in model.text_encoders))
     side = model.size
     drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), side, side))
     with torch.no_grad():
         encoding = everything + max(_encode_picture(model, config), _encode_text(model))
         drawing = everything + _draw(model, drawn if config.prior.weight else 1)
-    with attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection, _recomputed(model, config):
-        learned = sum(_bytes(adapter) for adapter in injection.adapters.values())
-        learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
+    word = new_word(model, config)
+    with (
+        attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection,
+        spoken(model, [] if word is None else [word]),
+        _recomputed(model, config),
+    ):
+        vectors = [] if word is None else list(word.vectors.values())
+        learned = sum(_bytes(adapter) for adapter in injection.adapters.values()) + sum(v.nbytes for v in vectors)
+        learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in (*injection.parameters(), *vectors))
         with torch.no_grad():
             drawing = max(drawing, everything + learned + max(_draw(model, 1), _look(model, config)))
         with _counted(*model.parts.values(), *injection.adapters.values()) as ledger:
@@ -147,16 +160,20 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
     return Memory(*(int(part * (1 + _CUDA_SHARE)) for part in parts))
 
 
-def _text_is_live(config: TrainConfig) -> bool:
-    """Whether captions are encoded anew in each step."""
-    return trains_text(config) or config.data.shuffle_tags
+def _state_bytes(optimizer: str, numbers: int) -> int:
+    """What the optimizer keeps for one parameter; of 8 bits also the scale of each block of 256."""
+    if not optimizer.endswith("8bit"):
+        return STATES[optimizer] * numbers
+    if numbers < _LEAST_8BIT:
+        return 4 * STATES[optimizer] * numbers
+    return STATES[optimizer] * (numbers + 4 * -(-numbers // 256))
 
 
 @contextmanager
 def _recomputed(model: Model, config: TrainConfig) -> Iterator[None]:
     """The outline as the settings ask for it while the body runs."""
     if config.training.gradient_checkpointing:
-        recompute(model, text=trains_text(config))
+        recompute(model, text=teaches_text(config))
     try:
         yield
     finally:
@@ -253,7 +270,7 @@ def _step(model: Model, config: TrainConfig, injection: Injection) -> None:
     latents = _latents(model, config.data.resolution or model.size, count)
     batch = Noised(latents, torch.empty_like(latents), torch.empty(count, dtype=torch.long, device="meta"))
     text = _text(model, count)
-    if _text_is_live(config):
+    if text_is_live(config):
         text = encode(model, [""] * count, clip_skip=config.model.clip_skip)
     loss = objective.losses(model.unet, batch, text, _size_ids(model, count), model.dtype).mean()
     for name in {adapter.name for adapter in injection.adapters.values()}:

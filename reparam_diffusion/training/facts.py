@@ -16,7 +16,9 @@ from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import Learner
+from reparam_diffusion.training.optim import schedule_of, text_rate
 from reparam_diffusion.training.setup import Setup
+from reparam_diffusion.training.start import started_from
 
 ADAPTER = "adapter.safetensors"
 
@@ -34,6 +36,7 @@ def write_finished(
             family=setup.model.family,
             precision=setup.config.output.file_precision,
             metadata=build_header(facts),
+            words=[] if learner.word is None else [learner.word],
         )
     return name
 
@@ -67,7 +70,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         clip_skip=config.model.clip_skip,
         max_tokens=model.tokenizers[0].model_max_length,
         learning_rate=training.learning_rate,
-        text_learning_rate=(training.text_learning_rate or training.learning_rate / 2) if trains_text(config) else 0.0,
+        text_learning_rate=text_rate(training) if trains_text(config) else 0.0,
         trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
@@ -78,7 +81,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         warmup_steps=round(training.warmup * training.steps),
         seed=training.seed,
         optimizer=training.optimizer,
-        schedule=training.schedule,
+        schedule=schedule_of(training),
         mixed_precision="no" if model.dtype == torch.float32 else name_of(model.dtype),
         clip=training.clip,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -99,5 +102,6 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         started_at=setup.begun,
         finished_at=time.time(),
         software_version=__version__,
+        started_from=started_from(config, setup.folder),
         config_toml=to_toml(config),
     )

@@ -39,7 +39,7 @@ class Material:
     class_items: tuple[Item, ...] = ()
 
 
-def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: bool) -> Generator[Event, None, Material]:
+def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool) -> Generator[Event, None, Material]:
     """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`)."""
     data = config.data
     if not data.images:
@@ -84,7 +84,7 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
     yield from _encode_pictures(model, material)
     if material.latents.store.trouble:
         yield Warned(material.latents.store.trouble)
-    if not trains_text and not data.shuffle_tags:
+    if not text_is_live:
         yield from _encode_texts(model, material, config.model.clip_skip)
     return material
 

@@ -8,7 +8,7 @@ from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.precision import faster_on_cpu, pick_device, pick_precision
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import teaches_text
 from reparam_diffusion.training.processes import Processes, join_processes
 
 
@@ -23,6 +23,7 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         dtype=dtype,
         vae=config.model.vae,
         prediction_type=config.model.prediction_type,
+        zero_terminal_snr=config.model.zero_terminal_snr,
     )
     return model, processes
 
@@ -37,7 +38,7 @@ def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
 def make_ready(model: Model, config: TrainConfig) -> None:
     """Switch on what the settings ask of the model, after the adapters are attached."""
     if config.training.gradient_checkpointing:
-        recompute(model, text=trains_text(config))
+        recompute(model, text=teaches_text(config))
     if config.training.compile:
         model.unet.compile_repeated_blocks()
 
