@@ -54,11 +54,11 @@ class ModelSettings(Settings):
 class DatasetSettings(Settings):
     """One more set of pictures in a run. What is not given is as for the main set."""
 
-    images: str
+    images: str = Field(title="Folder")
     """Folder of pictures."""
-    trigger: str | None = None
+    trigger: str | None = Field(None, title="Trigger word")
     """Its own trigger word. Empty text is none: with a weight of 0.5 such a set keeps the class as it was."""
-    class_word: str | None = None
+    class_word: str | None = Field(None, title="What it is")
     """What it is."""
     weight: float = Field(1.0, gt=0, le=100)
     """How much its pictures count in the loss."""
@@ -104,16 +104,13 @@ class DataSettings(Settings):
     held_out: int = Field(-1, ge=-1, le=1000)
     """Pictures kept out of training to measure the loss; -1 keeps one in eight where there are at least 8."""
     masks: str = ""
-    """What to learn of each picture: empty learns all of it; "alpha" what is not see-through; "beside" what is white in
-    a mask beside it (dog-masklabel.png for dog.jpg); or a folder of masks named like their pictures."""
+    """Learn what a mask shows white: alpha (transparency), beside (dog-masklabel.png) or a folder; empty learns all."""
     unmasked_weight: float = Field(0.1, ge=0, le=1)
-    """How much what a mask leaves out counts, between 0 (not at all) and 1. The loss is a weighted mean, so a small mask
-    learns as fast as a large one."""
+    """How much what a mask leaves out counts. The loss is a weighted mean: a small mask learns as fast as a large one."""
     weight: float = Field(1.0, gt=0, le=100)
     """How much these pictures count in the loss beside those of further sets."""
     sets: list[DatasetSettings] = []
-    """More sets of pictures in the same run, each with its own words, weight and repeats. Pictures of the class with a
-    weight of 0.5 and no trigger word keep the class as it was."""
+    """More sets in the same run. Pictures of the class with weight 0.5 and no trigger word keep the class as it was."""
 
 
 class PriorSettings(Settings):
@@ -391,8 +388,8 @@ def to_toml(config: TrainConfig) -> str:
 def _table(settings: BaseModel, values: dict[str, Any]) -> Any:  # Any: tomlkit's table type is private
     table = tomlkit.table()
     for name, field in type(settings).model_fields.items():
-        for line in (field.description or "").splitlines():
-            table.add(tomlkit.comment(line))
+        if field.description:
+            table.add(tomlkit.comment(field.description))
         table.add(name, tomlkit.item(values[name]))
     return table
 

@@ -129,7 +129,7 @@ def build_dataset(
     held_out: int = 0,
     seed: int = 0,
 ) -> Dataset:
-    """All sets' pictures sorted into buckets; `held_out` of them, at most a quarter, are kept out, of each set its share.
+    """All sets' pictures in buckets; `held_out` of them, at most a quarter, are kept out, of each set its share.
 
     `step` is what a side must be a multiple of, in pixels.
     """

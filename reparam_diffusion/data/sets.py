@@ -1,4 +1,4 @@
-"""Several sets of pictures in one run: the main one and data.sets, each with its own words, weight, repeats and masks."""
+"""Several sets of pictures in one run: the main one and data.sets, each with its own words, weight and masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from reparam_diffusion.config import DataSettings, DatasetSettings
+from reparam_diffusion.config import DatasetSettings, DataSettings
 from reparam_diffusion.data.images import Picture, Refused, files_of, find_pictures
 from reparam_diffusion.data.masks import ALPHA, BESIDE, Mask, find_masks
 from reparam_diffusion.errors import UserError

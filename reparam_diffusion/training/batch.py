@@ -66,7 +66,7 @@ def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
 
 
 def loss_of(setup: Setup, samples: Sequence[Sample], step: int) -> Tensor:
-    """Mean over the pictures, each times its set's weight, plus the prior's weight times the class pictures' mean, fp32."""
+    """Mean of the pictures' losses, each times its set's weight, plus the class pictures' times the prior's, in fp32."""
     model = setup.model
     batch = noised(setup, samples, step)
     text = texts_of(setup, [sample.caption for sample in samples])

@@ -96,7 +96,7 @@ class Objective:
 
 
 def _mean(error: Tensor, places: Tensor | None) -> Tensor:
-    """Each picture's mean (batch,) over channels and latents, Σ w·e / Σ w: a small mask learns as fast as a large one."""
+    """Each picture's mean (batch,) over channels and latents, Σ w·e / Σ w: a small mask learns like a large one."""
     if places is None:
         return error.mean(dim=(1, 2, 3))
     return (error.mean(dim=1) * places).sum(dim=(1, 2)) / places.sum(dim=(1, 2))
