@@ -106,7 +106,7 @@ class DataSettings(Settings):
     masks: str = ""
     """Learn what a mask shows white: alpha (transparency), beside (dog-masklabel.png) or a folder; empty learns all."""
     unmasked_weight: float = Field(0.1, ge=0, le=1)
-    """How much what a mask leaves out counts. The loss is a weighted mean: a small mask learns as fast as a large one."""
+    """How much what a mask leaves out counts. The loss is a weighted mean, so small masks learn as fast."""
     weight: float = Field(1.0, gt=0, le=100)
     """How much these pictures count in the loss beside those of further sets."""
     sets: list[DatasetSettings] = []

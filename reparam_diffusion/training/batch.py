@@ -66,7 +66,7 @@ def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
 
 
 def loss_of(setup: Setup, samples: Sequence[Sample], step: int) -> Tensor:
-    """Mean of the pictures' losses, each times its set's weight, plus the class pictures' times the prior's, in fp32."""
+    """Mean over the pictures, weighted by their sets, plus the prior's weight times the class pictures' mean; fp32."""
     model = setup.model
     batch = noised(setup, samples, step)
     text = texts_of(setup, [sample.caption for sample in samples])
@@ -138,7 +138,7 @@ def trains_text(config: TrainConfig) -> bool:
 
 
 def size_ids(model: Model, samples: Sequence[Sample]) -> Tensor | None:
-    """SDXL's time ids (batch, 6); None for other models."""
+    """SDXL's time ids (batch, 6); None for other models. Crops are centred, so a mirrored picture has the same ones."""
     if model.family != "sdxl":
         return None
     rows = []
