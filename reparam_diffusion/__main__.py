@@ -47,7 +47,7 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
-    from reparam_diffusion.data.images import find_pictures
+    from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs.runs import create_run
     from reparam_diffusion.jobs.worker import work
 
@@ -72,9 +72,9 @@ def train(
             "Several would each make a run of their own.",
             "Call reparam_diffusion.train(config, folder=…) from a script under accelerate launch.",
         )
-    pictures, _ = find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
+    main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
-        _say_plan(config, workspace, pictures=len(pictures))
+        _say_plan(config, workspace, pictures=len(main.pictures))
         return
     folder = create_run(config, workspace, now=datetime.now())
     _follow(work(folder), folder, as_json=as_json)

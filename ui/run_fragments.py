@@ -220,6 +220,7 @@ def _facts(state: RunState) -> str:
         f"{started.pictures} pictures, {started.parameters:,} numbers in {started.sites} layers, "
         f"a file of {plain_size(started.file_bytes)}, on {started.device} in {started.precision}."
     )
+    told += f" {'; '.join(started.sets)}." if started.sets else ""
     return f'<p class="quiet">{escape(told)}</p>'
 
 

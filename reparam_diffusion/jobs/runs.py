@@ -13,6 +13,7 @@ from typing import Literal, Self
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
+from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
 from reparam_diffusion.files import new_folder, write_whole
@@ -69,11 +70,17 @@ def with_start(config: TrainConfig, workspace: Path) -> TrainConfig:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    images = config.data.images
-    if isinstance(images, str):
-        absolute: str | list[str] = str(Path(images).expanduser().resolve()) if images else ""
-    else:
-        absolute = [str(Path(image).expanduser().resolve()) for image in images]
+    data = config.data
+    images = _absolute(data.images) if isinstance(data.images, str) else [_absolute(image) for image in data.images]
+    sets = [
+        one.model_copy(
+            update={
+                "images": _absolute(one.images),
+                "masks": None if one.masks is None else _masks_absolute(one.masks),
+            }
+        )
+        for one in data.sets
+    ]
     model = {
         name: str(Path(path).expanduser().resolve())
         for name, path in (("path", config.model.path), ("vae", config.model.vae))
@@ -81,10 +88,19 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"images": absolute}),
+            "data": data.model_copy(update={"images": images, "masks": _masks_absolute(data.masks), "sets": sets}),
             "model": config.model.model_copy(update=model),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _masks_absolute(masks: str) -> str:
+    """data.masks with its folder's path made absolute; a word stays."""
+    return masks if masks in (ALPHA, BESIDE) else _absolute(masks)
 
 
 def workspace_of(folder: Path) -> Path:

@@ -40,7 +40,7 @@ from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
-from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
+from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
 from reparam_diffusion.training.processes import Processes
 from reparam_diffusion.training.ready import load_base, make_ready
 from reparam_diffusion.training.setup import Setup
@@ -97,6 +97,7 @@ def train(
         precision=name_of(model.dtype),
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
+        sets=told_sets(config, material),
     )
     look = _Look(setup, learner)
     with learner, model.parked(text=not text_is_live(config)):
