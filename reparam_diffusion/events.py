@@ -24,6 +24,8 @@ class Launched(Event):
 
     pid: int
     folder: str
+    job: str = ""
+    """Ray's name for it, where Ray runs it."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Started(Event):
     precision: str
     pictures: int
     ranks: dict[str, int] = field(default_factory=dict)
+    processes: int = 1
 
 
 @dataclass(frozen=True)

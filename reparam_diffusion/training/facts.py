@@ -45,6 +45,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
     numbers: dict[str, Any] = spec.model_dump()
     rank = numbers.get("rank") or numbers.get("init_rank") or numbers.get("block_size") or 0
     dataset = material.dataset
+    shown = training.batch * training.accumulation * learner.processes.ranks  # pictures a step
     words: Counter[str] = Counter(
         tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip()
     )
@@ -71,7 +72,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
-        epochs=step * training.batch * training.accumulation / max(1, len(dataset.train) * dataset.repeats),
+        epochs=step * shown / max(1, len(dataset.train) * dataset.repeats),
         batch=training.batch,
         accumulation=training.accumulation,
         processes=learner.processes.ranks,

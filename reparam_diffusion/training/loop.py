@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
-from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.processes import Processes, is_first
 from reparam_diffusion.training.ready import load_base, make_ready
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
@@ -47,6 +48,10 @@ from reparam_diffusion.training.state import State, load_checkpoint, save_checkp
 Asked = Callable[[], str | bool]
 """Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" with a checkpoint, "sample"
 draws the previews now."""
+
+
+READY = "ready"
+"""What the first process says when the pictures and captions are encoded."""
 
 
 def never() -> str:
@@ -81,7 +86,7 @@ def train(
     first = done + 1
     if saved is not None:
         learner.load_state(saved)
-        yield from _differences(saved, model)
+        yield from _differences(saved, model, processes.ranks)
     make_ready(model, config)
     yield Started(
         method=config.adapter.method,
@@ -94,6 +99,7 @@ def train(
         precision=name_of(model.dtype),
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
+        processes=processes.ranks,
     )
     look = _Look(setup, learner)
     if saved is None:
@@ -103,18 +109,19 @@ def train(
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from look.keep(step - 1)
+                yield from processes.only_main(look.keep(step - 1))
                 if asked == "pause":
                     yield Paused(step - 1)
                     return
                 path = look.finish(step - 1)
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
                 yield Stopped(step - 1, path)
                 return
             clock = time.perf_counter()
-            loss = forward_and_backward(setup, learner, step)
+            loss = processes.mean(forward_and_backward(setup, learner, step))
+            _check_loss(loss, step)
             if step == first:
                 learner.check_gradients()
             rates = learning_rates(learner.optimizer)
@@ -135,17 +142,21 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
         learner.injection.set_draw(draw_of(samples, setup.config, step))
         loss = loss_of(setup, samples, step)
         total += float(loss.detach()) / passes
-        if not math.isfinite(total):
-            raise UserError(
-                f"The loss became {total} at step {step}.",
-                "The learning rate is too high for these settings, or the model's number format too small.",
-                "Start again with a lower learning rate, or with model.precision = fp32.",
-            )
         penalty = learner.penalty() if micro == 0 else None
         whole = loss / passes if penalty is None else loss / passes + penalty
         learner.scaler.scale(whole).backward()
     learner.injection.set_draw(None)
     return total
+
+
+def _check_loss(loss: float, step: int) -> None:
+    """Refuse a loss that is no number; all processes see the same one and end alike."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss became {loss} at step {step}.",
+            "The learning rate is too high for these settings, or the model's number format too small.",
+            "Start again with a lower learning rate, or with model.precision = fp32.",
+        )
 
 
 class _Look:
@@ -163,20 +174,21 @@ class _Look:
         self.ranks = learner.ranks()
 
     def at(self, step: int) -> Iterator[Event]:
-        """What is due after this step (0: the base model)."""
-        if not self.learner.processes.is_main:
-            return
+        """What is due after this step (0: the base model). The first process does it, the others wait."""
         last = self.config.training.steps
+        due: list[Iterator[Event]] = []
         if step % self.validate_every == 0 or step == last:
-            yield from self._validate(step)
+            due.append(self._validate(step))
         if step % self.sample_every == 0 or step == last:
-            yield from self.draw(step)
+            due.append(self.draw(step))
         if step and (step % self.checkpoint_every == 0 or step == last):
-            yield from self.keep(step)
+            due.append(self.keep(step))
+        if due:
+            yield from self.learner.processes.only_main(chain.from_iterable(due))
 
     def draw(self, step: int) -> Iterator[Event]:
         """The preview pictures at this step."""
-        if self.prompts and self.learner.processes.is_main:
+        if self.prompts:
             with self.learner.averaged():
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
@@ -186,14 +198,13 @@ class _Look:
 
     def keep(self, step: int) -> Iterator[Event]:
         """A checkpoint at this step."""
-        if not self.learner.processes.is_main:
-            return
         state: State = {
             "schema": 1,
             "step": step,
             "precision": name_of(self.setup.model.dtype),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "processes": self.learner.processes.ranks,
             **self.learner.state(),
         }
 
@@ -234,9 +245,12 @@ class _Look:
 def _prepared(
     model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, done: int
 ) -> Generator[Event, None, Material | None]:
-    """The material; None when a request ended the run before it was there. `done` steps were taken before."""
-    if not processes.is_main:
-        processes.wait()  # the first process draws and encodes, the others find it done
+    """The material; None when a request ended the run before it was there. `done` steps were taken before.
+
+    The first process draws and encodes, the others wait and find it done.
+    """
+    if not processes.is_main and processes.wait_for_main() != READY:
+        return None
     preparing = prepare(model, config, folder, trains_text=trains_text(config))
     while True:
         try:
@@ -244,19 +258,23 @@ def _prepared(
         except StopIteration as end:
             material: Material = end.value
             break
-        asked = stop() if processes.ranks == 1 else ""
+        if not processes.is_main:
+            continue  # the first process has drawn and encoded everything
+        asked = stop()
         if asked and asked != "sample":
+            processes.agree(str(asked))
             yield Paused(done) if asked == "pause" else Stopped(done, "")
             return None
+        processes.agree("")
     if processes.is_main:
-        processes.wait()
+        processes.agree(READY)
     return material
 
 
 def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
     """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
     settings = folder / "config.toml"
-    if not settings.is_file():
+    if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
     if not resume and steps_saved(folder):
         raise UserError(
@@ -277,7 +295,7 @@ def _notes(sites: list[SitePlan]) -> Iterator[Event]:
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
 
 
-def _differences(saved: State, model: Model) -> Iterator[Event]:
+def _differences(saved: State, model: Model, processes: int) -> Iterator[Event]:
     """What keeps a resumed run from being bit for bit the same."""
     if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
         yield Warned(
@@ -285,3 +303,13 @@ def _differences(saved: State, model: Model) -> Iterator[Event]:
         )
     if saved["torch"] != str(torch.__version__):
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
+    before = saved.get("processes", 1)
+    if before != processes:
+        yield Warned(
+            f"The run trained in {_counted(before)}, now in {_counted(processes)}: a step shows {processes / before:g} "
+            "times as many pictures."
+        )
+
+
+def _counted(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"
