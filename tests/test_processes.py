@@ -7,15 +7,20 @@ import os
 import socket
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from run_folders import NOW, new_run, wait_for
 from safetensors.torch import load_file
 from tiny_pipelines import save_pictures, save_tiny
 
+from reparam_diffusion import events as e
 from reparam_diffusion.config import parse_set, settle, to_toml
 from reparam_diffusion.events import Step
+from reparam_diffusion.jobs import launchers, locks, runs, worker
 from reparam_diffusion.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,12 +45,11 @@ print(json.dumps([event.loss for event in events if isinstance(event, Step)]))
 """
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora"])
-def test_two_processes_learn_what_one_learns_with_the_batch_doubled(method: str, tmp_path: Path) -> None:
+def test_two_processes_learn_what_one_learns_with_the_batch_doubled(tmp_path: Path) -> None:
     model, pictures = save_tiny(tmp_path / "model", "sd1"), save_pictures(tmp_path / "pictures", count=4)
     settings = [
         f"model.path='{model}'", "model.precision=fp32", "model.device=cpu", f"data.images='{pictures}'", "data.trigger=sks",
-        f"adapter.method={method}", "training.steps=10", "training.accumulation=2", "data.flip=true", "training.ema=0.9",
+        "adapter.method=adalora", "targets.rules=[{match='*attn1*', adapter={method='lora'}}]", "training.steps=10", "training.accumulation=2", "data.flip=true", "training.ema=0.9",
         "output.file_precision=fp32", "output.sample_every=1000", "output.validate_every=5", "targets.text_encoder=attention",
     ]  # fmt: skip
     one = settle(parse_set([*settings, "training.batch=2"]))
@@ -76,3 +80,92 @@ def test_two_processes_learn_what_one_learns_with_the_batch_doubled(method: str,
     assert whole.keys() == together.keys()
     for key, tensor in whole.items():
         torch.testing.assert_close(tensor, together[key], rtol=0, atol=1e-4)
+
+
+# --- launched, killed, resumed ---------------------------------------------------------------------------------------
+@pytest.fixture
+def pretended(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of two processes whose training is a pretence."""
+    monkeypatch.setattr(worker, "MODULE", "fake_worker")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    folder = new_run(workspace, steps=2000)
+    launchers.change_processes(folder, 2)
+    return folder
+
+
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The processes that an `accelerate launch` has started, the first one first."""
+    return sorted(psutil.Process(launcher).children(), key=lambda process: process.environ()["RANK"])
+
+
+def gone(*processes: psutil.Process) -> bool:
+    """Whether none of them is left, not even as a zombie."""
+    return not any(process.is_running() for process in processes)
+
+
+def test_a_request_reaches_all_processes_and_only_the_first_writes(pretended: Path) -> None:
+    assert worker.launch(pretended)
+    told = list(islice(launchers.follow(pretended, offset=0), 4))
+    assert isinstance(told[2], e.Started) and told[2].processes == 2
+    assert runs.state_of(pretended).where == "2 processes"
+    assert locks.is_held(locks.device_lock("cpu"))
+    runs.ask(pretended, "stop")
+    wait_for(lambda: runs.state_of(pretended).state == "stopped")
+    steps = [event.step for event in runs.read_events(pretended)[0] if isinstance(event, e.Step)]
+    assert steps == list(range(1, len(steps) + 1)), "each step is told once"
+    wait_for(lambda: not locks.is_held(locks.device_lock("cpu")))
+
+
+@pytest.mark.parametrize(("rank", "ends"), [(0, "lost"), (1, "failed")])
+def test_a_killed_process_ends_the_run_at_once_and_leaves_nobody(pretended: Path, rank: int, ends: str) -> None:
+    launcher = psutil.Process(worker.launch(pretended))
+    follower = runs.Follower(pretended)
+    wait_for(lambda: follower.look().step >= 6)
+    processes = ranks_of(launcher.pid)
+    processes[rank].kill()
+    wait_for(lambda: follower.look().state == ends, seconds=5)
+    assert "last checkpoint" in follower.look().message
+    wait_for(lambda: gone(launcher, *processes), seconds=30)
+    assert not locks.is_held(locks.device_lock("cpu"))
+
+
+def test_a_run_killed_in_two_processes_goes_on_in_one(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pictures = save_tiny(workspace / "model", "sd1"), save_pictures(workspace / "pictures", count=4)
+    settings = [
+        f"model.path='{model}'", "model.precision=fp32", "model.device=cpu", f"data.images='{pictures}'", "data.trigger=sks",
+        "training.steps=400", "output.checkpoint_every=2", "output.sample_every=1000", "output.validate_every=1000", "launch.processes=2",
+    ]  # fmt: skip
+    folder = runs.create_run(settle(parse_set(settings)), workspace, now=NOW)
+    launcher = psutil.Process(worker.launch(folder))
+    follower = runs.Follower(folder)
+    wait_for(lambda: (follower.look().checkpoint or 0) >= 2, seconds=90)
+    ranks_of(launcher.pid)[1].kill()
+    wait_for(lambda: follower.look().state == "failed", seconds=10)
+    reached = follower.look().checkpoint
+    assert reached is not None
+    launchers.change_processes(folder, 1)
+    seen = []
+    for event in worker.work(folder, resume=True):
+        seen.append(event)
+        if isinstance(event, e.Step):
+            runs.ask(folder, "pause")
+    assert [event.step for event in seen if isinstance(event, e.Step)] == [reached + 1]
+    assert any(isinstance(event, e.Warned) and "2 processes, now in one" in event.message for event in seen)
+    assert follower.look().state == "paused"
+
+
+def test_accelerate_launch_makes_one_run_and_tells_a_mistake_once(workspace: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--main_process_port", "0", *launchers.ONE_MACHINE, "-m", "reparam_diffusion", "train", "--workspace", str(workspace),
+        "--set", "model.device=cpu", "--images",
+    ]  # fmt: skip
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for images, words in ((empty, "Error: The folder"), (save_pictures(tmp_path / "pictures"), "Failed: ")):
+        done = subprocess.run(
+            [*command, str(images), "--model", str(empty)], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert (done.stdout + done.stderr).count(words) == 1
+    assert len(runs.list_runs(workspace)) == 1

@@ -46,6 +46,8 @@ class RunState:
     """Seconds since 1970."""
     place: int = 0
     """Its place in the queue; 0 where it does not wait there."""
+    where: str = ""
+    """How it is run, where that is not one process of this machine: "2 processes", "Ray job …"."""
 
     @property
     def is_live(self) -> bool:
@@ -79,6 +81,7 @@ class Fold:
         self.gallery = ""
         self.ranks: dict[str, int] = {}
         self.seconds = 0.0
+        self.job = ""
 
     def feed(self, event: e.Event) -> None:
         """Take in one event."""
@@ -89,6 +92,7 @@ class Fold:
                 return  # a warning says nothing about where the run stands
             case e.Launched():
                 self.launched = event
+                self.job = event.job or self.job
                 self.phase = e.Prepared("starting", 0, 0)
             case e.Started():
                 self.started = event
@@ -171,6 +175,7 @@ class Fold:
             ranks=dict(self.ranks),
             pid=self.launched.pid if self.launched else 0,
             last_step_at=self.last_step_at,
+            where=self._where(),
         )
 
     def _now(self, is_held: bool) -> State:
@@ -188,6 +193,11 @@ class Fold:
         if not is_held:
             return "lost"
         return "queued" if isinstance(self.last, e.Prepared) and self.last.phase == WAITING else "running"
+
+    def _where(self) -> str:
+        count = self.started.processes if self.started else 1
+        places = [f"{count} processes" if count > 1 else "", f"Ray job {self.job}" if self.job else ""]
+        return ", ".join(place for place in places if place)
 
     def _message(self, now: State) -> str:
         if now == "failed" and isinstance(self.last, e.Failed):

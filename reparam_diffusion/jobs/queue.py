@@ -98,21 +98,21 @@ def _changing(workspace: Path) -> Iterator[list[Waiting]]:
 
 # --- starting --------------------------------------------------------------------------------------------------------
 def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
-    """Launch each run whose device is free and wanted by nobody before it; returns their names, out of the line now."""
+    """Launch each run whose devices are free and wanted by nobody before it; gives their names, out of the line now."""
     taken = _busy_devices(workspace)
     started = []
     for one in list(line):
         folder = workspace / "runs" / one.run
         try:
-            device = worker.device_of(runs.read_config(folder))
+            devices = set(worker.devices_of(runs.read_config(folder)))
         except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
             line.remove(one)
             _tell(folder, error)
             continue
-        if device in taken or locks.is_held(locks.device_lock(device)):
-            taken.add(device)
+        is_free = not devices & taken and not any(locks.is_held(locks.device_lock(device)) for device in devices)
+        taken |= devices
+        if not is_free:
             continue
-        taken.add(device)
         line.remove(one)
         if runs.has_worker(folder):
             continue
@@ -130,7 +130,10 @@ def _tell(folder: Path, error: UserError) -> None:
 def _busy_devices(workspace: Path) -> set[str]:
     """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
     return {
-        worker.device_of(runs.read_config(folder)) for folder in runs.list_runs(workspace) if runs.has_worker(folder)
+        device
+        for folder in runs.list_runs(workspace)
+        if runs.has_worker(folder)
+        for device in worker.devices_of(runs.read_config(folder))
     }
 
 

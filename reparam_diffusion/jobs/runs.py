@@ -35,6 +35,7 @@ __all__ = [
     "read_config",
     "read_events",
     "read_queue",
+    "size_of_events",
     "state_of",
     "take_sample",
     "workspace_of",
@@ -162,6 +163,14 @@ def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
         except ValueError:  # torn by a kill, or from a newer version: the other lines still tell the run
             continue
     return found, offset + len(whole)
+
+
+def size_of_events(folder: Path) -> int:
+    """Bytes that a run has told so far: from there on its events are new."""
+    try:
+        return (folder / "events.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 class Follower:
