@@ -19,7 +19,7 @@ from filelock import FileLock
 from reparam_diffusion import events as e
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
-from reparam_diffusion.jobs import locks, runs, worker
+from reparam_diffusion.jobs import locks, ray_jobs, runs, worker
 
 MODULE = "reparam_diffusion.jobs.queue"
 LOOK_AGAIN = 0.5  # seconds between two looks at the devices
@@ -39,13 +39,19 @@ def waiting(workspace: Path) -> list[Waiting]:
 
 
 def submit(folder: Path, *, resume: bool = False) -> bool:
-    """Start a run now, or line it up; says whether it started at once. Raises UserError when it is live or waits."""
+    """Start a run now, or line it up; says whether it started at once. Raises UserError when it is live or waits.
+
+    One for a Ray cluster goes there at once: Ray's resources are its queue.
+    """
     folder = folder.resolve()
-    runs.read_config(folder)
+    config = runs.read_config(folder)
     workspace = runs.workspace_of(folder)
     with _changing(workspace) as line:
         if runs.has_worker(folder) or folder.name in {one.run for one in line}:
             raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        if config.launch.launcher == "ray":
+            ray_jobs.hand_over(folder, resume=resume)
+            return False
         line.append(Waiting(folder.name, resume))
         started = _start_what_can(workspace, line)
     if folder.name not in started:
@@ -143,8 +149,12 @@ def _dispatcher_lock(workspace: Path) -> Path:
 
 
 def ensure_served(workspace: Path) -> None:
-    """Start the dispatcher when somebody waits and none is there, such as after a restart of the machine."""
+    """Start the dispatcher when somebody waits and none is there, such as after a restart of the machine.
+
+    The same for whoever tends the runs that Ray has.
+    """
     workspace = workspace.resolve()
+    ray_jobs.ensure_tended(workspace)
     if not waiting(workspace) or locks.is_held(_dispatcher_lock(workspace)):
         return
     with (workspace / "queue.log").open("ab") as log:

@@ -31,6 +31,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import of_run
 from reparam_diffusion.jobs import launchers, locks, runs
 from reparam_diffusion.jobs.fold import WAITING
+from reparam_diffusion.jobs.ray_note import read_note
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.training.processes import Processes, are_many, is_first, join_processes, leave_processes, rank_of
 
@@ -274,7 +275,7 @@ def start_detached(command: list[str], log: IO[bytes], *, share: int = 1) -> sub
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=_environment(share),
+        env=environment_of(share),
         start_new_session=True,
         creationflags=_creation_flags(),
     )
@@ -290,7 +291,7 @@ def _creation_flags() -> int:
     return 0
 
 
-def _environment(share: int) -> dict[str, str]:
+def environment_of(share: int) -> dict[str, str]:
     """The parent's environment, with the library found wherever the parent found it and one thread a physical core."""
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
@@ -314,7 +315,11 @@ def main(arguments: list[str] | None = None, *, train: Train | None = None) -> i
     parser = argparse.ArgumentParser(prog=MODULE, description="Train one run.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--job", default="", help="the Ray job that this is; another one may have taken its place")
     options = parser.parse_args(arguments)
+    note = read_note(options.folder)
+    if options.job and (note is None or note.job != options.job or not note.is_live):
+        return 0  # it was stopped while it waited, or another job does the run now
     try:
         failed = False
         for event in work(options.folder, resume=options.resume, keep_requests=True, train=train):
