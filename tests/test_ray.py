@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from run_folders import NOW, ROOT, wait_for
 
 from reparam_diffusion import events as e
@@ -35,9 +37,13 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head with three cores and no GPU; the address of its dashboard."""
+    """A Ray head with three cores and no GPU; the address of its dashboard. One at a time on a machine: Ray wants it so."""
+    with FileLock(Path(tempfile.gettempdir()) / "reparam-diffusion-test-ray.lock", timeout=300):
+        yield from served_head(tmp_path_factory.mktemp("r"))
+
+
+def served_head(place: Path) -> Iterator[str]:
     port, dashboard = free_port(), free_port()
-    place = tmp_path_factory.mktemp("r")
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus", "3", "--num-gpus", "0",
         "--port", str(port), "--dashboard-port", str(dashboard), "--dashboard-host", "127.0.0.1", "--disable-usage-stats",
@@ -189,6 +195,8 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_sentence(
     assert runs.state_of(folder).message.startswith(f"Ray at {address} does not answer. Start the cluster")
     monkeypatch.setattr(ray_jobs, "SILENCE", 0.5)
     folder = start(address)
+    with runs.EventLog(folder) as log:
+        log.append(e.Launched(0, str(folder), "job"))
     write_note(folder, RayNote("job", "RUNNING"))
     assert state(folder) == "running"
     tended().join(timeout=30)
