@@ -174,8 +174,6 @@ class LaunchSettings(Settings):
     """Ray only: where its dashboard is, such as http://head:8265. Empty takes the one on this machine."""
     cores: int = Field(1, ge=1, le=1024)
     """Ray only: processor cores that each process asks for, beside a GPU unless model.device is cpu."""
-    python: str = ""
-    """Ray only: the Python with this program's requirements on the cluster's machines. Empty takes this one's path."""
 
 
 class TrainConfig(Settings):

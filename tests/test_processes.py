@@ -19,8 +19,9 @@ from tiny_pipelines import save_pictures, save_tiny
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import parse_set, settle, to_toml
+from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Step
-from reparam_diffusion.jobs import launchers, locks, runs, worker
+from reparam_diffusion.jobs import launchers, locks, queue, runs, worker
 from reparam_diffusion.training.loop import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,3 +170,66 @@ def test_accelerate_launch_makes_one_run_and_tells_a_mistake_once(workspace: Pat
         assert done.returncode == 1
         assert (done.stdout + done.stderr).count(words) == 1
     assert len(runs.list_runs(workspace)) == 1
+
+
+# --- what is started, and on what ------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("launch", "words"),
+    [
+        ({}, ["-m", "work", "run"]),
+        ({"processes": 3}, ["--multi_gpu", "--num_processes", "3", "--main_process_port", "0"]),
+        ({"launcher": "accelerate"}, ["-m", "accelerate.commands.launch", "-m", "work", "run"]),
+        (
+            {"launcher": "accelerate", "processes": 4},
+            ["accelerate.commands.launch", "--num_processes", "4", "-m", "work"],
+        ),
+    ],
+)
+def test_each_launcher_starts_the_worker_by_its_own_command(launch: dict[str, object], words: list[str]) -> None:
+    command = launchers.command_of(settle({"launch": launch}).launch, "work", ["run"])
+    assert command[0] == sys.executable and command[-3:] == ["-m", "work", "run"]
+    assert " ".join(words) in " ".join(command)
+
+
+@pytest.fixture
+def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two GPUs, of which none is touched."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_a_run_locks_a_card_for_each_of_its_processes(two_cards: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def devices(**launch: object) -> list[str]:
+        return worker.devices_of(settle({"launch": launch}))
+
+    assert devices() == ["cuda:0"]
+    assert devices(processes=2) == devices(launcher="accelerate") == ["cuda:0", "cuda:1"]
+    assert devices(launcher="ray", processes=2) == []
+    assert worker.devices_of(settle({"launch": {"processes": 2}, "model": {"device": "cpu"}})) == ["cpu"]
+    with pytest.raises(UserError, match="torch sees 2"):
+        devices(processes=3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5ee")
+    assert devices(processes=2) == ["cuda:3", "cuda:GPU-5ee"], "a card has one name, whoever sees it under which number"
+
+
+def test_a_run_on_two_cards_waits_until_both_are_free(
+    two_cards: None, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+    monkeypatch.setattr(worker, "launch", lambda folder, resume: started.append(folder.name))
+    monkeypatch.setattr(queue, "ensure_served", lambda workspace: None)
+
+    def run(**launch: object) -> Path:
+        return runs.create_run(settle({"data": {"images": "pictures"}, "launch": launch}), workspace, now=NOW)
+
+    both, second = run(processes=2), run()
+    with locks.try_hold(locks.device_lock("cuda:1")) as held:
+        assert held
+        assert not queue.submit(both)
+        assert not queue.submit(second), "it asks for a card that the one before it waits for"
+    with locks.try_hold_all([locks.device_lock("cuda:0"), locks.device_lock("cuda:1")]) as all_free:
+        assert all_free, "who waits holds nothing"
+    monkeypatch.setattr(queue, "LOOK_AGAIN", 0.01)
+    queue.serve(workspace)
+    assert started == [both.name, second.name]

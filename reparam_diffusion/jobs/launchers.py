@@ -16,7 +16,7 @@ from reparam_diffusion.config import LaunchSettings, TrainConfig, to_toml
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import runs
 from reparam_diffusion.models.precision import pick_device
-from reparam_diffusion.training.processes import join_processes
+from reparam_diffusion.training.processes import are_many, join_processes
 
 LOOK_AGAIN = 0.2  # seconds between two looks at a run that is followed
 ONE_MACHINE = ("--num_machines", "1", "--machine_rank", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
@@ -28,22 +28,23 @@ def is_alone(launch: LaunchSettings) -> bool:
     return launch.launcher == "local" and launch.processes == 1
 
 
-def command_of(launch: LaunchSettings, module: str, arguments: Sequence[str], *, python: str = "") -> list[str]:
+def command_of(launch: LaunchSettings, module: str, arguments: Sequence[str]) -> list[str]:
     """The command that runs a module's processes: python alone, or through accelerate's launcher."""
-    python = python or sys.executable
     wanted = ["-m", module, *arguments]
     if launch.launcher == "accelerate":
         count = ["--num_processes", str(launch.processes)] if launch.processes > 1 else []
-        return [python, "-m", "accelerate.commands.launch", *count, *wanted]
+        return [sys.executable, "-m", "accelerate.commands.launch", *count, *wanted]
     if launch.processes == 1:
-        return [python, *wanted]
+        return [sys.executable, *wanted]
     # "multi_gpu" is its name for several processes; without a GPU they talk through gloo. Port 0: a free one.
     several = ["--multi_gpu", "--num_processes", str(launch.processes), "--main_process_port", "0", *ONE_MACHINE]
-    return [python, "-m", "accelerate.commands.launch", *several, *wanted]
+    return [sys.executable, "-m", "accelerate.commands.launch", *several, *wanted]
 
 
 def new_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
     """A new run's folder; under `accelerate launch` the first process makes it and tells the others."""
+    if not are_many():
+        return runs.create_run(config, workspace, now=now)
     processes = join_processes(pick_device(config.model.device))
     folder = str(runs.create_run(config, workspace, now=now)) if processes.is_main else ""
     return Path(processes.agree(folder))

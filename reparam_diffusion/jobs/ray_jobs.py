@@ -159,7 +159,7 @@ class Tender:
         config = runs.read_config(folder)
         cores, cards = _wanted(config)
         words = [*worker.arguments_of(folder, resume=note.resume), "--job", note.job]
-        command = launchers.command_of(config.launch, worker.MODULE, words, python=config.launch.python)
+        command = launchers.command_of(config.launch, worker.MODULE, words)
         _tell(folder, e.Launched(0, str(folder), note.job), *_fits(address, cores, cards))
         try:
             client.submit_job(
