@@ -156,11 +156,15 @@ def test_a_deaf_run_is_ended_by_ray_and_a_killed_one_is_lost_and_resumes(
     assert runs.state_of(deaf).message.startswith("Ray stopped the job. Its last checkpoint is at step ")
     before = runs.state_of(killed).checkpoint
     assert before is not None
+    monkeypatch.setattr(ray_jobs, "GRACE", 60.0)
     queue.submit(killed, resume=True)
     tended()
-    wait_for(lambda: state(killed) == "running", seconds=40)
-    firsts = [event.first_step for event in runs.read_events(killed)[0] if isinstance(event, e.Started)]
-    wait_for(lambda: len(firsts) == 2 or runs.state_of(killed).step > before)
+
+    def starts() -> list[int]:
+        return [event.first_step for event in runs.read_events(killed)[0] if isinstance(event, e.Started)]
+
+    wait_for(lambda: len(starts()) == 2, seconds=40)
+    assert starts()[1] == before + 1
     queue.stop(killed)
     wait_for(lambda: state(killed) == "stopped")
 

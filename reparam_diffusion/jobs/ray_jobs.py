@@ -29,7 +29,7 @@ HERE = "http://127.0.0.1:8265"
 LOOK_AGAIN = 1.0  # seconds between two questions to Ray
 CONNECT = 5.0  # seconds to wait for an answer
 SILENCE = 60.0  # seconds without an answer after which a run counts as lost
-GRACE = 60.0  # seconds in which a run that was asked to stop must show life
+GRACE = 300.0  # seconds in which a run that was asked to stop must show life
 
 Client = Any
 """ray's JobSubmissionClient. Any: ray is optional."""
