@@ -171,11 +171,9 @@ def test_a_deaf_run_is_ended_by_ray_and_a_killed_one_is_lost_and_resumes(
 
 @has_ray
 def test_a_run_begun_in_the_terminal_trains_on_ray_and_is_followed(head: str, workspace: Path) -> None:
-    """The real tender and the real worker, which fails for want of pictures; no thread, no pretence."""
+    """The real tender and the real worker, which fails for want of a model; no thread, no pretence."""
     folder = runs.create_run(
-        settle(
-            {"data": {"images": "nowhere"}, "model": {"device": "cpu"}, "launch": {"launcher": "ray", "address": head}}
-        ),
+        settle({"model": {"path": "/nowhere", "device": "cpu"}, "launch": {"launcher": "ray", "address": head}}),
         workspace,
         now=NOW,
     )
