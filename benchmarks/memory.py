@@ -21,11 +21,10 @@ import torch
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, find_preset, parse_set, read_settings, settle, to_toml
-from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.parts import MODEL_CONFIGS, VOCABULARY, empty_parts, make_scheduler
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.training.estimate_memory import count_memory
-from reparam_diffusion.training.ready import dtype_of
+from reparam_diffusion.training.ready import outline_for
 
 ROOT = Path(__file__).resolve().parent.parent
 TEDDY = ROOT / "assets" / "examples" / "teddy"
@@ -102,8 +101,7 @@ def main() -> None:
             for checkpointing in ("false", "true"):
                 extra = [f"training.gradient_checkpointing={checkpointing}", *arguments.set]
                 config = settings_of(model, method, extra)
-                base = outline(config.model.path)
-                base.cast(dtype_of(config.model.path, config.model.precision, torch.device("cpu")))
+                base = outline_for(config, torch.device("cpu"))
                 guess, truth = count_memory(base, config, "cpu").peak, measured(config)
                 word = "on" if checkpointing == "true" else "off"
                 print(

@@ -29,12 +29,13 @@ from reparam_diffusion.jobs.worker import device_of, start_detached, threads
 from reparam_diffusion.models.folder import import_pipelines
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import cache_file, pick_device
+from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece
 from reparam_diffusion.training.estimate_memory import count_memory
 from reparam_diffusion.training.estimate_pace import Book, Piece, Unit, machine_name, pieces_of, seconds_of
 from reparam_diffusion.training.estimate_probe import Interrupted, probe
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
-from reparam_diffusion.training.ready import dtype_of
+from reparam_diffusion.training.ready import outline_for
 
 MODULE = "reparam_diffusion.jobs.estimates"
 LEFT_FREE = 0.8
@@ -178,9 +179,8 @@ def _time(config: TrainConfig, starting: float) -> dict[Piece, float]:
 
 def _count(config: TrainConfig) -> int:
     device = pick_device(config.model.device)
-    base = outline(config.model.path)
-    base.cast(dtype_of(config.model.path, config.model.precision, device))
-    return count_memory(base, config, device.type).peak
+    memory = memory_of(device) if device.type != "cpu" else None
+    return count_memory(outline_for(config, device), config, device.type, memory=memory).peak
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def noised(setup: Setup, samples: Sequence[Sample], step: int) -> Noised:
     model, objective, seed = setup.model, setup.objective, setup.config.training.seed
     latents, noise, steps = [], [], []
     for sample in samples:
-        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model))
+        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model, tile=setup.material.tile))
         eps = torch.randn(mean.shape, generator=generator(seed, step, sample.index, "latent"))
         latents.append(scaled(model, mean + std * eps))
         noise.append(objective.draw_noise(mean.shape, seed, step, sample.index))
@@ -108,7 +108,7 @@ def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
     """Embeddings from the cache, or encoded anew where the text encoders carry adapters."""
     model, config = setup.model, setup.config
     skip = config.model.clip_skip
-    if trains_text(config) or config.data.shuffle_tags:
+    if encodes_text(config):
         return encode(model, captions, clip_skip=skip)
     found = [setup.material.texts.get(caption, text_encoder(model, skip)) for caption in captions]
     hidden = torch.cat([rows["hidden"] for rows in found]).to(model.device)
@@ -119,6 +119,11 @@ def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
 def trains_text(config: TrainConfig) -> bool:
     """Whether any text encoder carries adapters."""
     return config.targets.text_encoder not in ("none", [])
+
+
+def encodes_text(config: TrainConfig) -> bool:
+    """Whether captions are encoded anew in each step."""
+    return trains_text(config) or config.data.shuffle_tags
 
 
 def size_ids(model: Model, samples: Sequence[Sample]) -> Tensor | None:

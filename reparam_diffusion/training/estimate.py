@@ -17,6 +17,7 @@ from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
+from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
@@ -122,10 +123,12 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     training, data = config.training, config.data
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
+        config.model.base_8bit, config.model.block_offload,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
         min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
-    return Piece("peak bytes", f"{shape}, {device.type}, torch {torch.__version__}", json.dumps(settings))
+    place = device.type if device.type == "cpu" else f"{device.type} of {memory_of(device)}"
+    return Piece("peak bytes", f"{shape}, {place}, torch {torch.__version__}", json.dumps(settings))
 
 
 def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures: int) -> dict[Unit, int]:

@@ -57,7 +57,7 @@ class Learner:
         self.config = config
         self.processes = processes
         self.adapters: dict[str, Adapter] = build_adapters(model.parts, sites, seed=training.seed)
-        self.injection: Injection = attach(model.parts, self.adapters)
+        self.injection: Injection = attach(model.parts, self.adapters, device=model.device)
         self.parameters = [p for p in self.injection.parameters() if p.numel()]
         self.optimizer = make_optimizer(training, self.adapters)
         self.schedule = make_schedule(training, self.optimizer)

@@ -40,7 +40,7 @@ from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
 from reparam_diffusion.training.processes import Processes
-from reparam_diffusion.training.ready import load_base, make_ready
+from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
 
@@ -73,6 +73,8 @@ def train(
     sites = plan_run(model, config)
     done = 0 if saved is None else saved["step"]
     yield from _notes(sites)
+    for note in settled(model, config):
+        yield Warned(note)
     material = yield from _prepared(model, config, folder, processes, stop=stop, done=done)
     if material is None:
         return
@@ -96,10 +98,9 @@ def train(
         ranks=learner.ranks(),
     )
     look = _Look(setup, learner)
-    if saved is None:
-        yield from look.at(0)
-    text_is_cached = not trains_text(config) and not config.data.shuffle_tags
-    with learner.injection, model.parked(text=text_is_cached):
+    with learner.injection, at_work(model, config):
+        if saved is None:
+            yield from look.at(0)
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":

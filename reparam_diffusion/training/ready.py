@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.precision import faster_on_cpu, pick_device, pick_precision
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import encodes_text, trains_text
 from reparam_diffusion.training.processes import Processes, join_processes
 
 
 def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]:
     """The base model in a number format ("auto" takes the faster one), and the processes that train it together."""
+    if config.model.block_offload and config.training.compile:
+        raise UserError(
+            "Compiled blocks cannot be offloaded.",
+            do="Switch training.compile or model.block_offload off.",
+            place="training.compile",
+        )
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
     dtype = dtype_of(config.model.path, precision, processes.device)
@@ -23,8 +33,27 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         dtype=dtype,
         vae=config.model.vae,
         prediction_type=config.model.prediction_type,
+        base_8bit=config.model.base_8bit,
+        block_offload=config.model.block_offload,
+        staged=processes.device.type != "cpu",
     )
     return model, processes
+
+
+def outline_for(config: TrainConfig, device: torch.device) -> Model:
+    """The run's base model without its numbers, in the format that `load_base` would load it in."""
+    dtype = dtype_of(config.model.path, config.model.precision, device)
+    return outline(config.model.path, dtype=dtype, base_8bit=config.model.base_8bit)
+
+
+def at_work(model: Model, config: TrainConfig) -> AbstractContextManager[None]:
+    """While the body runs, what training computes with is on the device, and nothing else has to be."""
+    return model.using(model.unet, *(model.text_encoders if encodes_text(config) else []))
+
+
+def recomputes(config: TrainConfig) -> bool:
+    """Whether activations are computed again on the way back: as asked, or because offloaded blocks need it."""
+    return config.training.gradient_checkpointing or config.model.block_offload
 
 
 def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
@@ -34,9 +63,21 @@ def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
     return pick_precision(precision, device)
 
 
+def settled(model: Model, config: TrainConfig) -> list[str]:
+    """What the settings of the base model come to here, where that is not what they say."""
+    notes = []
+    if config.model.block_offload and model.device.type == "cpu":
+        notes.append("On a processor there is nothing to offload the blocks from: block_offload saves no memory.")
+    if recomputes(config) and not config.training.gradient_checkpointing:
+        notes.append("Gradient checkpointing is on: block_offload needs it.")
+    if config.model.base_8bit and not any(isinstance(inner, Linear8bit) for inner in model.unet.modules()):
+        notes.append("The model has no linear layers large enough for 8 bits: it stays as it is.")
+    return notes
+
+
 def make_ready(model: Model, config: TrainConfig) -> None:
     """Switch on what the settings ask of the model, after the adapters are attached."""
-    if config.training.gradient_checkpointing:
+    if recomputes(config):
         recompute(model, text=trains_text(config))
     if config.training.compile:
         model.unet.compile_repeated_blocks()
