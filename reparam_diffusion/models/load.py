@@ -144,8 +144,8 @@ def load_model(
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
     and bf16 (or fp16) on a GPU; the VAE is fp32, unless it is one made for fp16. `vae` is a VAE to use instead of the
     model's own, `prediction_type` overrides what was detected. `base_8bit` keeps the UNet's linear layers in 8 bits;
-    nothing can be merged into them. `staged` leaves the parts in host memory between uses (None: where the device's
-    own is short), `block_offload` the UNet's blocks as well. Raises UserError when it cannot be read.
+    nothing can be merged into them. `staged` leaves the parts in host memory between uses (None: where a CUDA card's
+    is short), `block_offload` the UNet's blocks as well. Raises UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:
@@ -183,7 +183,7 @@ def load_model(
         to_8bit(model.unet)
     if place.type == "cuda":
         model.unet.to(memory_format=torch.channels_last)
-    if place.type != "cpu" and (block_offload or (is_short(model) if staged is None else staged)):
+    if place.type == "cuda" and (block_offload or (is_short(model) if staged is None else staged)):
         model.stage(block_offload=block_offload)
     else:
         for module in modules:

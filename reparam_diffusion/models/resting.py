@@ -29,6 +29,7 @@ class Rest:
         ]
         self._device = device
         self.is_here = False
+        self.fetched = 0
 
     def pin(self) -> None:
         """Move what rests into memory that a GPU reads without the processor."""
@@ -41,6 +42,7 @@ class Rest:
             here = resting.detach().to(self._device, copy=True, non_blocking=resting.is_pinned())
             store[name] = nn.Parameter(here, requires_grad=False) if isinstance(resting, nn.Parameter) else here
         self.is_here = True
+        self.fetched += 1
 
     def leave(self) -> None:
         """Put the resting tensors back; the copies go when nothing needs them any more."""

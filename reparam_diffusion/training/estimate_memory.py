@@ -59,14 +59,14 @@ class Memory:
 
 
 def count_memory(model: Model, config: TrainConfig, device: str, *, memory: int | None = None) -> Memory:
-    """What a run on a "cpu" or a "cuda" device needs, from its model's outline in the run's number format.
+    """What a run on a "cpu", "cuda" or "mps" device needs, from its model's outline in the run's number format.
 
-    On a GPU the parts come and go as in a run. `memory` is all that the device has, in bytes: where it is short, the
-    VAE works in tiles (None: never). Takes seconds; the outline is left as it was.
+    On a CUDA card the parts come and go as in a run. `memory` is all that the device has, in bytes: where it is short,
+    the VAE works in tiles (None: never). Takes seconds; the outline is left as it was.
     """
     with quiet():
         model.vae.to(vae_dtype(model.vae.config, torch.device(device)))
-    if device != "cpu":
+    if device == "cuda":
         model.stage(block_offload=config.model.block_offload)
     try:
         return _count(model, config, device, memory)
@@ -76,7 +76,7 @@ def count_memory(model: Model, config: TrainConfig, device: str, *, memory: int 
 
 def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -> Memory:
     parts = (*model.parts.values(), model.vae)
-    resident = sum(bytes_of(part) for part in parts) if device == "cpu" else 0
+    resident = sum(bytes_of(part) for part in parts) if device != "cuda" else 0
     drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), model.size, model.size))
     share = 1.0 if device == "cpu" else 1 + _CUDA_SHARE
 

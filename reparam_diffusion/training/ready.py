@@ -35,7 +35,7 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         prediction_type=config.model.prediction_type,
         base_8bit=config.model.base_8bit,
         block_offload=config.model.block_offload,
-        staged=processes.device.type != "cpu",
+        staged=True,
     )
     return model, processes
 
@@ -66,8 +66,8 @@ def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
 def settled(model: Model, config: TrainConfig) -> list[str]:
     """What the settings of the base model come to here, where that is not what they say."""
     notes = []
-    if config.model.block_offload and model.device.type == "cpu":
-        notes.append("On a processor there is nothing to offload the blocks from: block_offload saves no memory.")
+    if config.model.block_offload and model.device.type != "cuda":
+        notes.append("There is nothing to offload the blocks from: only a CUDA card has memory of its own.")
     if recomputes(config) and not config.training.gradient_checkpointing:
         notes.append("Gradient checkpointing is on: block_offload needs it.")
     if config.model.base_8bit and not any(isinstance(inner, Linear8bit) for inner in model.unet.modules()):
