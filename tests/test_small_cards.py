@@ -221,7 +221,8 @@ def test_a_run_in_stages_is_the_same_run(
         return model, processes
 
     monkeypatch.setattr("reparam_diffusion.training.loop.load_base", in_stages)
-    assert losses(list(train(config, folder=tmp_path / "staged"))) == plain
+    found = losses(list(train(config, folder=tmp_path / "staged")))
+    assert found == pytest.approx(plain, rel=1e-5), "copies lie elsewhere, and sums may round differently there"
     (steps,) = seen
     first = steps.index("+vae", steps.index("-vae"))  # the class pictures come first
     assert "+unet" not in steps[first : steps.index("-vae", first)], "pictures are encoded without the UNet"
