@@ -20,6 +20,7 @@ from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.cards import advise, room_on
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
@@ -64,9 +65,11 @@ class Cost:
     """How many are still to be drawn."""
     peak_bytes: int | None
     device: str
-    """ "cpu" or "cuda": where the peak is."""
+    """ "cpu", "cuda" or "mps": where the peak is."""
     notes: tuple[str, ...]
     """What had to be settled for some layers."""
+    advice: str = ""
+    """What to do where the memory is not enough."""
 
     @property
     def seconds(self) -> float | None:
@@ -87,8 +90,10 @@ class Cost:
         else:
             lines.append(f"Together about {plain_seconds(self.seconds)}.")
         if self.peak_bytes is not None:
-            where = "memory" if self.device == "cpu" else "GPU memory"
+            where = "GPU memory" if self.device == "cuda" else "memory"
             lines.append(f"It needs about {plain_bytes(self.peak_bytes)} of {where} ({COUNTED}).")
+        if self.advice:
+            lines.append(self.advice)
         return lines
 
 
@@ -105,16 +110,26 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     left = class_pictures_left(model, config, workspace)
     pieces = pieces_of(model, key, config, machine_name(device, threads))
     counts = work_of(model, config, pictures=pictures, class_pictures=left)
-    peak = book.read().get(memory_piece(key, config, device))
+    known = book.read()
+
+    def peak_of(one: TrainConfig) -> int | None:
+        found = known.get(memory_piece(key, one, device))
+        return None if found is None else int(found)
+
+    peak = peak_of(config)
+    advice = ""
+    if peak is not None:
+        advice = advise(config, peak, room=room_on(device), memory=memory_of(device), peak_of=peak_of).sentence
     return Cost(
         sites=len(sites),
         parameters=count_parameters(sites),
         file_bytes=file_bytes(sites, config.output.file_precision),
         parts=parts_of(book, pieces, counts),
         class_pictures=left,
-        peak_bytes=None if peak is None else int(peak),
+        peak_bytes=peak,
         device=device.type,
         notes=tuple(sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})),
+        advice=advice,
     )
 
 

@@ -98,7 +98,7 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
     with torch.no_grad():
         encoding = worked(lambda: encode(model, [""]), 0, *model.text_encoders)[0]
         encoding = max(encoding, coded("encode", resolution, 0))
-        drawing = worked(lambda: _denoise(model, drawn if config.prior.weight else 1), 0, model.unet)[0]
+        drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
     sites = plan_run(model, config)
     with attach(model.parts, _blank_adapters(model, sites)) as injection, _recomputed(model, config):
         learning = list(injection.adapters.values())
@@ -106,8 +106,9 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
         learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
         with torch.no_grad():
             drawing = max(drawing, coded("decode", model.size, learned))
-            drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
             drawing = max(drawing, worked(lambda: _look(model, config), learned, model.unet)[0])
+            if resolution < model.size:  # else a preview's two passes are less than the four of a look
+                drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
         used = (model.unet, *(model.text_encoders if encodes_text(config) else []))
         training, ledger = worked(lambda: _step(model, config, injection), learned, *used)
     found = Memory(resident and resident + _saved_in_8bit(model), encoding, drawing, training)
