@@ -67,12 +67,11 @@ def test_a_card_goes_over_every_preset_and_says_what_it_is() -> None:
         card_layer("10")
 
 
-def test_sdxl_at_1024_pixels_fits_on_6_and_8_gb(sdxl: Path) -> None:
-    """All methods and cards are counted in docs/memory.md; these two take the seconds that a test may."""
-    for card, most in ((6, 2.5e9), (8, 5.5e9)):
-        memory = counted(sdxl, find_preset("sdxl-lora"), card_layer(card), memory=card * 2**30)
-        assert memory.peak <= card * 2**30 - KEPT_FREE
-        assert memory.training < most
+def test_sdxl_at_1024_pixels_fits_on_8_gb(sdxl: Path) -> None:
+    """All methods and cards are counted in docs/memory.md; this one takes the seconds that a test may."""
+    memory = counted(sdxl, find_preset("sdxl-lora"), card_layer(8), memory=8 * 2**30)
+    assert memory.peak <= 8 * 2**30 - KEPT_FREE
+    assert memory.training < 5.5e9
 
 
 def test_what_each_setting_saves_is_counted(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from reparam_diffusion.models.decode import Watcher, decode, look
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
+from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def draw(
                 ).images
             if getattr(pipe, "was_cancelled", False):
                 return []
+            give_back()
             with model.without(model.unet):
                 pictures += decode(model, out)
     return pictures

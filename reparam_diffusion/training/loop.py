@@ -31,6 +31,7 @@ from reparam_diffusion.events import (
 )
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import name_of
+from reparam_diffusion.models.room import give_back
 from reparam_diffusion.targets import SitePlan, count_parameters, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
 from reparam_diffusion.training.facts import ADAPTER, write_finished
@@ -178,6 +179,7 @@ class _Look:
     def draw(self, step: int) -> Iterator[Event]:
         """The preview pictures at this step."""
         if self.prompts and self.learner.processes.is_main:
+            give_back()
             with self.learner.averaged():
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
@@ -212,6 +214,7 @@ class _Look:
         return write_finished(self.setup, self.learner, step)
 
     def _validate(self, step: int) -> Iterator[Event]:
+        give_back()
         with self.learner.averaged():
             loss = fixed_noise_loss(self.setup)
         held_out = bool(self.setup.material.dataset.held_out)
@@ -219,6 +222,7 @@ class _Look:
         if best:
             self.learner.best = loss
             write_finished(self.setup, self.learner, step, name="best.safetensors")
+        give_back()
         yield Validated(step, loss, held_out, best)
         ranks = self.learner.ranks()
         if ranks != self.ranks:
@@ -251,6 +255,7 @@ def _prepared(
             return None
     if processes.is_main:
         processes.wait()
+    give_back()
     return material
 
 
