@@ -20,7 +20,8 @@ from reparam_diffusion.events import Event, Step, Warned
 from reparam_diffusion.inject import attach, merged
 from reparam_diffusion.models.decode import decode
 from reparam_diffusion.models.eightbit import Linear8bit, to_8bit
-from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.ledger import bytes_of
+from reparam_diffusion.models.load import Model, is_short, load_model
 from reparam_diffusion.models.precision import vae_dtype
 from reparam_diffusion.models.resting import Offload
 from reparam_diffusion.models.sample import draw
@@ -200,6 +201,29 @@ def test_a_staged_model_draws_the_same_with_one_part_at_a_time(block_offload: bo
     assert seen[5:] == ["-unet", "+vae", "-vae", "+unet", "-unet"], "it makes room for the VAE and is fetched back"
     model.unstage()
     assert draw(model, "a red toy", steps=2)[0].tobytes() == plain.tobytes()
+
+
+def test_merged_adapters_show_on_a_staged_model(sdxl: Path) -> None:
+    model = load_model(sdxl, device="cpu")
+    adapters = build_adapters(model.parts, plan_sites(model.parts, {"unet": "attention"}, spec_of("oft")), seed=0)
+    for number, adapter in enumerate(adapters.values()):
+        for parameter in adapter.parameters():
+            parameter.data += 0.2 * noise(*parameter.shape, seed=number)
+    plain = draw(model, "a red toy", steps=2)[0].tobytes()
+    with merged(model.parts, [(adapters, lambda site: 1.0)]):
+        changed = draw(model, "a red toy", steps=2)[0].tobytes()
+    model.stage()
+    with merged(model.parts, [(adapters, lambda site: 1.0)]):
+        assert draw(model, "a red toy", steps=2)[0].tobytes() == changed != plain
+    assert draw(model, "a red toy", steps=2)[0].tobytes() == plain
+
+
+def test_parts_stay_on_a_device_only_where_it_has_room_to_work_in(sdxl: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(sdxl, device="cpu")
+    size = sum(bytes_of(part) for part in (*model.parts.values(), model.vae))
+    for memory, short in ((2 * size - 1, True), (2 * size + 1, False)):
+        monkeypatch.setattr("reparam_diffusion.models.load.memory_of", lambda device, memory=memory: memory)
+        assert is_short(model) == short
 
 
 @pytest.mark.usefixtures("small_too")

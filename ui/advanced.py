@@ -99,7 +99,7 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
 def _card_control() -> gr.Dropdown:
     """Settings by the graphics card's memory, over the preset's."""
     choices = [("As it is", ""), *((f"{card} GB", str(card)) for card in cards())]
-    about = "Its memory. Brings the settings that make Stable Diffusion XL fit."
+    about = "Settings with which Stable Diffusion XL fits its memory; smaller models fit as they are."
     return gr.Dropdown(choices, value="", label="Graphics card", info=about, min_width=140)
 
 
