@@ -21,7 +21,7 @@ import torch
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, find_preset, parse_set, read_settings, settle, to_toml
-from reparam_diffusion.models.parts import MODEL_CONFIGS, clip_tokenizers, empty_parts, make_scheduler
+from reparam_diffusion.models.parts import MODEL_CONFIGS, VOCABULARY, empty_parts, make_scheduler
 from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.training.estimate_memory import count_memory
@@ -41,6 +41,8 @@ def settings_of(model: Path | str, method: str, extra: list[str]) -> TrainConfig
 
 def save_random(folder: Path, geometry: str) -> Path:
     """A model with Stable Diffusion 1.5's or XL's shapes and random weights, in bf16 to spare the disk."""
+    from transformers import CLIPTokenizer
+
     configs = MODEL_CONFIGS / {"sd15": "sd1", "sdxl": "sdxl"}[geometry]
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -53,7 +55,7 @@ def save_random(folder: Path, geometry: str) -> Path:
     pipe = pipeline_over(
         {"unet": parts.unet} | encoders,
         vae=parts.vae,
-        tokenizers=(*clip_tokenizers(configs), None)[:2],
+        tokenizers=[CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77)] * 2,
         scheduler=make_scheduler(configs),
     )
     with quiet():
@@ -68,7 +70,7 @@ def measured(config: TrainConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "settings.toml").write_text(to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.memory", "--train", folder]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return int(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
