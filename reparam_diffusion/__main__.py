@@ -35,6 +35,7 @@ def train(
     trigger: Annotated[str, typer.Option(help='The made-up word that calls it, such as "sks".')] = "",
     class_word: Annotated[str, typer.Option(help='What it is, such as "toy".')] = "",
     preset: Annotated[str, typer.Option(help="A preset's name or a .toml file.")] = "",
+    card: Annotated[str, typer.Option(help="Your graphics card's memory in GB, for settings that fit.")] = "",
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a .safetensors file or a hub id.')] = "",
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
@@ -49,6 +50,7 @@ def train(
     from reparam_diffusion import config as c
     from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs.launchers import new_run
+    from reparam_diffusion.training.cards import card_layer
 
     given: dict[str, str | int] = {
         "data.images": images,
@@ -63,7 +65,7 @@ def train(
         if value:
             group, _, field = key.partition(".")
             flags.setdefault(group, {})[field] = value
-    config = c.settle(c.find_preset(preset) if preset else {}, flags, c.parse_set(settings or []))
+    config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made

@@ -49,6 +49,10 @@ class ModelSettings(Settings):
     """A VAE to use instead of the model's own: a folder or a .safetensors file. Empty takes the model's own."""
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """What the model predicts; auto takes what its files say."""
+    base_8bit: bool = False
+    """Train on a UNet with its linear layers in 8 bits: half the memory. The finished file is as usual."""
+    block_offload: bool = False
+    """Keep the UNet's blocks in the computer's memory, each fetched for its turn: much less GPU memory, slower."""
     zero_terminal_snr: bool = False
     """Let the noise end in pure noise, for very dark and very bright pictures; for models with v-prediction."""
 

@@ -46,7 +46,7 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
     except UserError:  # a mistake in the settings is told at its control when Start is pressed
         return Ahead(cards({}), "", is_complete=True)
     others = {
-        name: starting.settled(workspace, settings["preset"], mine.data.kind, name)
+        name: starting.settled(workspace, settings["preset"], mine.data.kind, name, card=settings["card"])
         for name in METHODS
         if name != mine.adapter.method
     }
@@ -86,7 +86,8 @@ def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost
     notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(chosen, config))
     waiting = len(queue.waiting(workspace))
     line = f" {waiting} other{'s' if waiting > 1 else ''} will go first." if waiting else ""
-    listed = f'<ul class="callout mild">{notes}</ul>' if notes else ""
+    listed = f'<p class="callout bad" role="alert">{escape(cost.advice)}</p>' if cost.advice else ""
+    listed += f'<ul class="callout mild">{notes}</ul>' if notes else ""
     return f'<p class="cost" role="status">{escape(cost_line(cost, is_measuring=is_measuring))}{line}</p>{listed}'
 
 
@@ -101,7 +102,7 @@ def cost_line(cost: Cost, *, is_measuring: bool) -> str:
         words += f"; keeping the class as it was means drawing {cost.class_pictures} class pictures{took}"
     words += f". A file of {plain_size(cost.file_bytes)}"
     if cost.peak_bytes is not None:
-        where = "memory" if cost.device == "cpu" else "GPU memory"
+        where = "GPU memory" if cost.device == "cuda" else "memory"
         words += f", {plain_size(cost.peak_bytes)} of {where} ({COUNTED})"
     return f"{words}."
 

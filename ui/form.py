@@ -198,6 +198,11 @@ def nested(values: Values) -> dict[str, Any]:
     return total
 
 
+def by_place(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """{"training": {"steps": 4}} -> {"training.steps": 4}, the inverse of `nested`."""
+    return {f"{group}.{name}": value for group, values in layer.items() for name, value in values.items()}
+
+
 def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
     """{"training.steps": 4, …} of settings, as their controls show them."""
     rows: dict[str, Any] = {}

@@ -24,14 +24,14 @@ HIDDEN = ("data.images", "schema_version", "title", "about")
 """Settings that no control shows."""
 
 
-def settled(workspace: Path, preset: str, kind: str, method: str) -> TrainConfig:
+def settled(workspace: Path, preset: str, kind: str, method: str, *, card: str = "") -> TrainConfig:
     """The settings of a run before a person changes any."""
-    return settle(*presets.layers(preset, workspace, kind=kind, method=method))
+    return settle(*presets.layers(preset, workspace, kind=kind, method=method, card=card))
 
 
-def defaults(workspace: Path, preset: str, kind: str, method: str) -> dict[str, Any]:
+def defaults(workspace: Path, preset: str, kind: str, method: str, *, card: str = "") -> dict[str, Any]:
     """What the controls show at first, by place. Any: each setting has its own type."""
-    shown = shown_of(settled(workspace, preset, kind, method))
+    shown = shown_of(settled(workspace, preset, kind, method, card=card))
     for place in ("data.trigger", "data.class_word", "data.kind", "output.name", "method"):
         shown.pop(place, None)
     return shown
@@ -55,7 +55,7 @@ def layer_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     method = settings["method"]
     own = f"adapter.{method}."
     chosen = {place: value for place, value in settings.items() if not place.startswith("adapter.")}
-    for name in ("method", "preset"):
+    for name in ("method", "preset", "card"):
         chosen.pop(name, None)
     chosen |= {f"adapter.{place.removeprefix(own)}": v for place, v in settings.items() if place.startswith(own)}
     words = {place: str(chosen.get(place) or "").strip() for place in ("data.trigger", "data.class_word")}
@@ -122,7 +122,7 @@ def on_from(workspace: Path, stem: str) -> dict[str, Any]:
 def again(workspace: Path, run: Path) -> tuple[str | None, dict[str, Any]]:
     """A run's pictures as a new draft (None when they are gone), and its settings as the form shows them."""
     config = runs.read_config(run)
-    shown = {**shown_of(config), "preset": presets.FIRST}
+    shown = {**shown_of(config), "preset": presets.FIRST, "card": ""}
     images = config.data.images
     folder = Path(images) if isinstance(images, str) else None
     if folder is None or not folder.is_dir():

@@ -65,6 +65,16 @@ class Host:
         return weight
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(iter((*self.module.parameters(), *self.module.buffers()))).device
+
+    @property
+    def shape(self) -> Shape:
+        """The weight's: (out, in/groups, *kernel)."""
+        return weight_shape(self.module)
+
+    @property
     def bias(self) -> Tensor | None:
         bias = self.module.bias
         assert bias is None or isinstance(bias, Tensor)
@@ -102,7 +112,7 @@ class Host:
 
     def rows(self, y: Tensor) -> int:
         """How many rows the host's product has for this output: tokens, or output pixels."""
-        return y.numel() // self.weight.shape[0]
+        return y.numel() // self.shape[0]
 
     def channels_last(self, x: Tensor) -> Tensor:
         """x with its channels on the last axis."""
@@ -267,6 +277,15 @@ class Adapter(nn.Module):
         if scale.shape not in (output, entry):
             raise ValueError(f"dora_scale has shape {tuple(scale.shape)} for a weight of {self.shape}")
         self.magnitude = nn.Parameter(scale)
+
+
+def weight_shape(module: nn.Module) -> Shape:
+    """The shape of a module's weight; one in 8 bits would have to make it first."""
+    weight = getattr(module, "numbers", None)
+    if weight is None:
+        weight = module.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
 
 
 def at_least_float(tensor: Tensor) -> Tensor:

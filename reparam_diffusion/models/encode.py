@@ -31,14 +31,15 @@ def encode(model: Model, captions: Sequence[str], *, clip_skip: int = 0) -> Enco
 
     SD 1.x and 2.x read the last layer after the final norm; SDXL reads the last but one of both encoders, no norm.
     """
-    if model.family != "sdxl":
-        return Encoded(_hidden_normed(model, captions, clip_skip), None)
-    states, pooled = [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        out = encoder(_tokens(tokenizer, captions, model.device), output_hidden_states=True)
-        states.append(out.hidden_states[-(clip_skip + 2)])
-        pooled = out[0]  # the last encoder's projection
-    return Encoded(torch.cat(states, dim=-1), pooled)
+    with model.using(*model.text_encoders):
+        if model.family != "sdxl":
+            return Encoded(_hidden_normed(model, captions, clip_skip), None)
+        states, pooled = [], None
+        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+            out = encoder(_tokens(tokenizer, captions, model.device), output_hidden_states=True)
+            states.append(out.hidden_states[-(clip_skip + 2)])
+            pooled = out[0]  # the last encoder's projection
+        return Encoded(torch.cat(states, dim=-1), pooled)
 
 
 def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:

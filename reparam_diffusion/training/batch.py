@@ -86,7 +86,7 @@ def noised(setup: Setup, samples: Sequence[Sample], step: int) -> Noised:
     model, objective, seed = setup.model, setup.objective, setup.config.training.seed
     latents, noise, steps = [], [], []
     for sample in samples:
-        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model))
+        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model, tile=setup.material.tile))
         eps = torch.randn(mean.shape, generator=generator(seed, step, sample.index, "latent"))
         latents.append(scaled(model, mean + std * eps))
         noise.append(objective.draw_noise(mean.shape, seed, step, sample.index))

@@ -41,7 +41,7 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
     text = settings.words or data.class_word or data.trigger
     encoders = [(part, encoder) for part, encoder in model.parts.items() if part != "unet"]
     vectors = {
-        part: nn.Parameter(_rows_of(text, tokenizer, encoder, count=settings.vectors))
+        part: nn.Parameter(_rows_of(text, tokenizer, encoder, count=settings.vectors).to(model.device))
         for (part, encoder), tokenizer in zip(encoders, model.tokenizers, strict=True)
     }
     return Word(data.trigger, vectors)

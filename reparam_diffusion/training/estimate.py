@@ -18,8 +18,10 @@ from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
+from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import text_is_live
+from reparam_diffusion.training.cards import advise, room_on
 from reparam_diffusion.training.embedding import count_vectors
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
@@ -65,9 +67,11 @@ class Cost:
     """How many are still to be drawn."""
     peak_bytes: int | None
     device: str
-    """ "cpu" or "cuda": where the peak is."""
+    """ "cpu", "cuda" or "mps": where the peak is."""
     notes: tuple[str, ...]
     """What had to be settled for some layers, and what costs more than it might."""
+    advice: str = ""
+    """What to do where the memory is not enough."""
 
     @property
     def seconds(self) -> float | None:
@@ -88,8 +92,10 @@ class Cost:
         else:
             lines.append(f"Together about {plain_seconds(self.seconds)}.")
         if self.peak_bytes is not None:
-            where = "memory" if self.device == "cpu" else "GPU memory"
+            where = "GPU memory" if self.device == "cuda" else "memory"
             lines.append(f"It needs about {plain_bytes(self.peak_bytes)} of {where} ({COUNTED}).")
+        if self.advice:
+            lines.append(self.advice)
         return lines
 
 
@@ -110,7 +116,16 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
     if text_is_live(config):
         notes.append("captions are encoded anew in each step")
-    peak = book.read().get(memory_piece(key, config, device))
+    known = book.read()
+
+    def peak_of(one: TrainConfig) -> int | None:
+        found = known.get(memory_piece(key, one, device))
+        return None if found is None else int(found)
+
+    peak = peak_of(config)
+    advice = ""
+    if peak is not None:
+        advice = advise(config, peak, room=room_on(device), memory=memory_of(device), peak_of=peak_of).sentence
     return Cost(
         sites=len(sites),
         parameters=count_parameters(sites) + vectors,
@@ -118,9 +133,10 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
         + vectors * (4 if config.output.file_precision == "fp32" else 2),
         parts=parts_of(book, pieces, counts),
         class_pictures=left,
-        peak_bytes=None if peak is None else int(peak),
+        peak_bytes=peak,
         device=device.type,
         notes=tuple(notes),
+        advice=advice,
     )
 
 
@@ -129,11 +145,13 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     training, data = config.training, config.data
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
+        config.model.base_8bit, config.model.block_offload,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
         training.start_from, config.embedding.vectors,
         min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
-    return Piece("peak bytes", f"{shape}, {device.type}, torch {torch.__version__}", json.dumps(settings))
+    place = device.type if device.type == "cpu" else f"{device.type} of {memory_of(device)}"
+    return Piece("peak bytes", f"{shape}, {place}, torch {torch.__version__}", json.dumps(settings))
 
 
 def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures: int) -> dict[Unit, int]:

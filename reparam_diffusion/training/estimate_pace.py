@@ -138,6 +138,7 @@ def pieces_of(model: Model, shape: str, config: TrainConfig, machine: str) -> di
     side = config.data.resolution or model.size
     area, drawn = side * side / 1e6, model.size**2 / 1e6
     base = f"{machine}, {shape}, {config.model.precision}"
+    base += ", 8 bits" * config.model.base_8bit + ", blocks offloaded" * config.model.block_offload
     rules = [(rule.match, rule.adapter.method) for rule in config.targets.rules]
     layers = json.dumps([config.adapter.method, config.targets.unet, config.targets.text_encoder, rules])
     adapted = f"{base}, {layers}"

@@ -23,7 +23,7 @@ from reparam_diffusion.training.loop import forward_and_backward
 from reparam_diffusion.training.measure import fixed_noise_loss
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.prepare import prepare, preview_prompts
-from reparam_diffusion.training.ready import load_base, make_ready
+from reparam_diffusion.training.ready import at_work, load_base, make_ready
 from reparam_diffusion.training.setup import Setup
 
 PICTURES = 4
@@ -70,7 +70,7 @@ def probe(config: TrainConfig, folder: Path, *, may_go_on: Callable[[], bool]) -
     setup = Setup(model, config, objective, material, processes, folder, time.time())
     learner = Learner(model, config, plan_run(model, config), processes, word=new_word(model, config))
     make_ready(model, config)
-    with learner:
+    with learner, at_work(model, config):
         taken["preview"] = _drawing(model, preview_prompts(model, config, [])[0], model.habits.steps, heed)
         watch = _Stopwatch(model.device)
         fixed_noise_loss(setup)

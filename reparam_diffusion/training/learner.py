@@ -78,7 +78,7 @@ class Learner:
         if start is not None:
             found = started(start, model.parts, sites, seed=training.seed)
             self.adapters |= {site: adapter for site, (_, adapter) in found.items()}
-        self.injection: Injection = attach(model.parts, self.adapters)
+        self.injection: Injection = attach(model.parts, self.adapters, device=model.device)
         self.word = word
         self._model = model
         if word is not None:

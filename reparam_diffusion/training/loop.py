@@ -32,6 +32,7 @@ from reparam_diffusion.events import (
 )
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import name_of
+from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.words import Word, spoken
 from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
@@ -43,7 +44,7 @@ from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
 from reparam_diffusion.training.processes import Processes, is_first
-from reparam_diffusion.training.ready import load_base, make_ready
+from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.start import keep_start
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
@@ -82,7 +83,7 @@ def train(
     start = keep_start(config, folder, is_main=processes.is_main)
     sites = plan_run(model, config, start=start)
     word = new_word(model, config, start=start)
-    yield from _notes(config, sites, word)
+    yield from _notes(model, config, sites, word)
     with spoken(model, [] if word is None else [word]):
         material = yield from _prepared(model, config, folder, processes, stop=stop, saved=saved)
     if material is None:
@@ -106,7 +107,7 @@ def train(
         processes=processes.ranks,
     )
     look = _Look(setup, learner)
-    with learner, model.parked(text=not text_is_live(config)):
+    with learner, at_work(model, config):
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
@@ -194,6 +195,7 @@ class _Look:
     def draw(self, step: int) -> Iterator[Event]:
         """The preview pictures at this step."""
         if self.prompts:
+            give_back()
             with self.learner.averaged():
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
@@ -227,6 +229,7 @@ class _Look:
         return write_finished(self.setup, self.learner, step)
 
     def _validate(self, step: int) -> Iterator[Event]:
+        give_back()
         with self.learner.averaged():
             loss = fixed_noise_loss(self.setup)
         held_out = bool(self.setup.material.dataset.held_out)
@@ -234,6 +237,7 @@ class _Look:
         if best:
             self.learner.best = loss
             write_finished(self.setup, self.learner, step, name="best.safetensors")
+        give_back()
         yield Validated(step, loss, held_out, best)
         ranks = self.learner.ranks()
         if ranks != self.ranks:
@@ -275,6 +279,7 @@ def _prepared(
     if processes.is_main:
         processes.agree(READY)
     check_captions(config, [item.caption for item in material.dataset.train])
+    give_back()
     return material
 
 
@@ -295,9 +300,9 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
     return saved
 
 
-def _notes(config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
+def _notes(model: Model, config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
     """What had to be settled, for some layers each kind once."""
-    for told in notes_on(config):
+    for told in [*notes_on(config), *settled(model, config)]:
         yield Warned(told)
     if word is not None and word.count != (asked := config.embedding.vectors):
         yield Warned(f"The trigger word has {word.count} vectors, as in the adapter it starts from, not {asked}.")

@@ -50,7 +50,7 @@ def looked_at(items: Sequence[Item]) -> list[Item]:
 
 def _item_loss(setup: Setup, item: Item, number: int) -> float:
     model, objective, material = setup.model, setup.objective, setup.material
-    mean, _ = material.latents.get(item, False, vae_encoder(model))
+    mean, _ = material.latents.get(item, False, vae_encoder(model, tile=material.tile))
     noise = [
         torch.randn(mean.shape, generator=generator(setup.config.training.seed, "validate", number, n))
         for n in range(len(TIMES))
@@ -71,8 +71,7 @@ def save_preview(setup: Setup, prompt: str, number: int, step: int) -> tuple[int
     """Draw a prompt from its fixed seed into samples/; returns the seed and the path relative to the run."""
     model, config, folder = setup.model, setup.config, setup.folder
     seed = config.output.sample_seed + number
-    with model.awake():
-        image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
+    image = draw(model, prompt, seeds=[seed], clip_skip=config.model.clip_skip)[0]
     name = f"samples/{step:06d}-{number}.png"
     note = PngInfo()
     habits = model.habits

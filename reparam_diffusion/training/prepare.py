@@ -26,8 +26,11 @@ from reparam_diffusion.events import Event, Prepared, Warned
 from reparam_diffusion.files import beside, write_whole
 from reparam_diffusion.models.encode import encode, is_too_long
 from reparam_diffusion.models.habits import unseen_backgrounds
+from reparam_diffusion.models.ledger import bytes_of
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.room import KEPT_FREE, memory_of
 from reparam_diffusion.models.sample import draw
+from reparam_diffusion.models.tiles import tile_side, tiled
 
 DRAWN_AT_ONCE = 8
 
@@ -42,6 +45,8 @@ class Material:
     class_items: tuple[Item, ...] = ()
     masks: Mapping[Item, Tensor] = field(default_factory=dict)
     """How much the loss counts at each latent (height, width) of an item, unmirrored; all of it where there is none."""
+    tile: int = 0
+    """Side of the tiles that pictures are encoded in, in pixels; 0: whole."""
 
 
 def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool) -> Generator[Event, None, Material]:
@@ -79,12 +84,16 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bo
     if config.prior.weight:
         class_items = yield from _class_pictures(model, config, cache / "class")
     encoders = "".join(fingerprint(encoder) for encoder in model.text_encoders) + str(model.dtype)
+    tile = encoding_tile(model, [item.size for item in (*dataset.train, *dataset.held_out)])
+    if tile:
+        yield Warned(f"Pictures are encoded in tiles of {tile} pixels: the memory is not enough for whole ones.")
     material = Material(
         dataset,
-        LatentCache(cache / "latents", fingerprint(model.vae)),
+        LatentCache(cache / "latents", fingerprint(model.vae) + (f" in tiles of {tile}" if tile else "")),
         TextCache(cache / "texts", encoders, clip_skip=config.model.clip_skip),
         class_items,
         masks,
+        tile,
     )
     if len(dataset.held_out) < data.held_out:
         yield Warned(f"{len(dataset.held_out)} pictures are held out, not {data.held_out}: at most a quarter of them.")
@@ -130,6 +139,18 @@ def told_sets(config: TrainConfig, material: Material) -> list[str]:
         words += f" × {source.repeats}" if source.repeats > 1 else ""
         told.append(words + (f", weight {source.weight:g}" if source.weight != 1 else ""))
     return told if len(sources) > 1 else []
+
+
+def encoding_tile(model: Model, sizes: Sequence[tuple[int, int]], *, memory: int | None = None) -> int:
+    """The side of the tiles that training pictures of these sizes are encoded in, in pixels; 0: whole.
+
+    It follows from the device's whole memory (or `memory`, in bytes): a run's pictures are always encoded alike.
+    """
+    memory = memory_of(model.device) if memory is None else memory
+    here = (model.vae,) if model.is_staged else (*model.parts.values(), model.vae)
+    room = memory - KEPT_FREE - sum(bytes_of(part) for part in here)
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return tile_side(model.vae, "encode", height, width, room=room, device=model.device.type)
 
 
 def captions_of(model: Model, source: Source, pictures: Sequence[Picture]) -> list[str]:
@@ -212,7 +233,7 @@ def about_class(model: Model, config: TrainConfig) -> dict[str, Any]:
         "prompts": [fill(template, trigger="", class_word=word, background=name) for name in backgrounds or [""]],
         "steps": prior.steps or habits.steps,
         "size": model.size,
-    }
+    } | ({"base_8bit": True} if config.model.base_8bit else {})
 
 
 def class_pictures_left(model: Model, config: TrainConfig, workspace: Path) -> int:
@@ -263,10 +284,11 @@ def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
     sizes = {item.size for item in material.dataset.train}
     work = [(item, False) for item in items] + [(item, True) for item in items if item.flipped_ok]
     work += [(at_size(item, size), False) for item in material.class_items for size in sizes]
-    for done, (item, flip) in enumerate(work):
-        if done % 8 == 0:
-            yield Prepared("latents", done, len(work))
-        material.latents.get(item, flip, vae_encoder(model))
+    with model.using(model.vae):
+        for done, (item, flip) in enumerate(work):
+            if done % 8 == 0:
+                yield Prepared("latents", done, len(work))
+            material.latents.get(item, flip, vae_encoder(model, tile=material.tile))
     yield Prepared("latents", len(work), len(work))
 
 
@@ -275,11 +297,11 @@ def at_size(item: Item, size: tuple[int, int]) -> Item:
     return Item(item.picture, item.caption, size, item.flipped_ok)
 
 
-def vae_encoder(model: Model) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def vae_encoder(model: Model, *, tile: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """pixels (1, 3, height, width) in −1 to 1 -> the posterior's mean and std (1, channels, height/8, width/8)."""
 
     def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
+        with torch.no_grad(), model.using(model.vae), tiled(model.vae, tile):
             posterior = model.vae.encode(pixels.to(model.device, model.vae.dtype)).latent_dist
         return posterior.mean.float().cpu(), posterior.std.float().cpu()
 
@@ -290,7 +312,7 @@ def _encode_texts(model: Model, material: Material, clip_skip: int) -> Iterator[
     """Embeddings of every caption that can come, the empty one included."""
     items = [*material.dataset.train, *material.dataset.held_out, *material.class_items]
     captions = list(dict.fromkeys(["", *(item.caption for item in items)]))
-    with torch.no_grad():
+    with torch.no_grad(), model.using(*model.text_encoders):
         for done, caption in enumerate(captions):
             if done % 8 == 0:
                 yield Prepared("captions", done, len(captions))
