@@ -26,7 +26,9 @@ from reparam_diffusion.gallery.doctor import diagnose, repair
 from reparam_diffusion.gallery.report import report_lines, report_of
 from reparam_diffusion.models.encode import encode
 from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.words import Word, add_words, has_word, set_words, spoken, take_words
+from reparam_diffusion.training.estimate_memory import count_memory
 from reparam_diffusion.training.loop import train
 
 FAMILIES = ("sd1", "sdxl")
@@ -330,3 +332,15 @@ def test_a_word_goes_along_through_export_blend_doctor_and_bake(
     assert "Learned   sks (2 vectors)" in report_lines(report_of(file))
     made(bake(model, [Source(file)], tmp_path / "baked", precision="fp32"))
     assert torch.equal(load_file(tmp_path / "baked-embedding.safetensors")["sks"], exact)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_memory_told_has_the_way_through_the_text_encoders(family: str, place: Path) -> None:
+    base, frozen = outline(place / family), config_for(place, family, "embedding.vectors=0")
+    needed = {vectors: count_memory(base, config_for(place, family, f"embedding.vectors={vectors}"), "cpu").training
+              for vectors in (1, 2)}  # fmt: skip
+    plain = count_memory(base, frozen, "cpu").training
+    numbers = 16 * len(base.text_encoders)
+    assert needed[2] - needed[1] >= 3 * 4 * numbers, "the vector and its two averages in fp32"
+    assert needed[1] - plain > 50 * 32 * numbers, "the activations that lead back to it"
+    assert not base.text_encoders[0]._forward_pre_hooks

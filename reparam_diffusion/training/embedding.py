@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reparam_diffusion.config import TrainConfig
@@ -45,6 +46,16 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
         for (part, encoder), tokenizer in zip(encoders, model.tokenizers, strict=True)
     }
     return Word(data.trigger, vectors)
+
+
+def blank_word(outline: Model, config: TrainConfig) -> Word | None:
+    """The word of an outline: vectors with a shape and no numbers."""
+    if not config.embedding.vectors:
+        return None
+    shapes = {
+        f"te{n}": (config.embedding.vectors, e.config.hidden_size) for n, e in enumerate(outline.text_encoders, 1)
+    }
+    return Word(config.data.trigger, {p: nn.Parameter(torch.empty(s, device="meta")) for p, s in shapes.items()})
 
 
 def count_vectors(model: Model, config: TrainConfig) -> int:

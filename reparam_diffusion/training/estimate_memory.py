@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +24,10 @@ from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import at_once
-from reparam_diffusion.models.words import spoken
+from reparam_diffusion.models.words import reading_only
 from reparam_diffusion.targets import SitePlan
 from reparam_diffusion.training.batch import teaches_text, text_is_live
-from reparam_diffusion.training.embedding import new_word
+from reparam_diffusion.training.embedding import blank_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
@@ -139,10 +139,10 @@ def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
     with torch.no_grad():
         encoding = everything + max(_encode_picture(model, config), _encode_text(model))
         drawing = everything + _draw(model, drawn if config.prior.weight else 1)
-    word = new_word(model, config)
+    word = blank_word(model, config)
     with (
         attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection,
-        spoken(model, [] if word is None else [word]),
+        nullcontext() if word is None else reading_only(model, word),
         _recomputed(model, config),
     ):
         vectors = [] if word is None else list(word.vectors.values())
