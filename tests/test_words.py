@@ -28,6 +28,7 @@ from reparam_diffusion.models.encode import encode
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.words import Word, add_words, has_word, set_words, spoken, take_words
+from reparam_diffusion.training.embedding import new_word
 from reparam_diffusion.training.estimate_memory import count_memory
 from reparam_diffusion.training.loop import train
 
@@ -184,6 +185,19 @@ def test_the_word_is_learned_saved_and_understood(
     assert model.speech is None
     started = next(event for event in events if isinstance(event, Started))
     assert 0.4 < file.stat().st_size / started.file_bytes < 2.0
+
+
+def test_a_word_begins_as_what_the_model_reads_in_it_or_as_other_words(place: Path, models: dict[str, Model]) -> None:
+    model = models["sdxl"]
+    captions = ["a photo of sks toy"]
+    pieces = len(model.tokenizers[0]("sks", add_special_tokens=False).input_ids)
+    for words, vectors, reads_as in (("", pieces, "sks"), ("dog", 3, "dog dog dog"), ("dog car red", 2, "dog car")):
+        config = config_for(place, "sdxl", f"embedding.words='{words}'", f"embedding.vectors={vectors}")
+        plain = encode(model, [captions[0].replace("sks", reads_as)])
+        word = new_word(model, config)
+        assert word is not None and word.count == vectors
+        with spoken(model, [word]):
+            assert is_equal(encode(model, captions), plain)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from reparam_diffusion.training.start import PLACE
 def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) -> Word | None:
     """The trigger word as it begins: the vectors of ordinary words, fp32, on the model's device; None when it is off.
 
-    Words with more tokens than vectors are cut; with fewer they come again. An adapter to train on from (`start`)
-    brings its own vectors. Raises UserError for a trigger that cannot be learned.
+    It begins as the settings' words, else as its own pieces in the vocabulary; the class word is a worse start, as
+    docs/formats.md has it measured. More tokens than vectors are cut; with fewer they come again. An adapter to train
+    on from (`start`) brings its own vectors. Raises UserError for a trigger that cannot be learned.
     """
     settings, data = config.embedding, config.data
     known = [] if start is None else _words_in(start, model)
@@ -39,7 +40,7 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
     if known:
         own = known[0].vectors.items()
         return Word(data.trigger, {part: nn.Parameter(rows.to(model.device)) for part, rows in own})
-    text = settings.words or data.class_word or data.trigger
+    text = settings.words or data.trigger
     encoders = [(part, encoder) for part, encoder in model.parts.items() if part != "unet"]
     vectors = {
         part: nn.Parameter(_rows_of(text, tokenizer, encoder, count=settings.vectors))
