@@ -53,6 +53,31 @@ class ModelSettings(Settings):
     """Let the noise end in pure noise, for very dark and very bright pictures; for models with v-prediction."""
 
 
+class DatasetSettings(Settings):
+    """One more set of pictures in a run. What is not given is as for the main set."""
+
+    images: str = Field(title="Folder")
+    """Folder of pictures."""
+    trigger: str | None = Field(None, title="Trigger word")
+    """Its own trigger word. Empty text is none: with a weight of 0.5 such a set keeps the class as it was."""
+    class_word: str | None = Field(None, title="What it is")
+    """What it is."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How much its pictures count in the loss."""
+    repeats: int = Field(1, ge=1, le=1000)
+    """How often each of its pictures comes in one pass."""
+    masks: str | None = None
+    """Its masks. A folder of masks serves its own set only."""
+    unmasked_weight: float | None = Field(None, ge=0, le=1)
+    """How much what its masks leave out counts."""
+    caption_template: str | None = None
+    """Caption for its pictures without a text file."""
+    kind: Literal["subject", "style"] | None = None
+    """Whether its pictures show one subject or share one style."""
+    flip: bool | None = None
+    """Whether its pictures are mirrored too."""
+
+
 class DataSettings(Settings):
     images: str | list[str] = ""
     """Folder of pictures, or a list of pictures."""
@@ -80,6 +105,14 @@ class DataSettings(Settings):
     """How many tags at the front stay in place when shuffling."""
     held_out: int = Field(-1, ge=-1, le=1000)
     """Pictures kept out of training to measure the loss; -1 keeps one in eight where there are at least 8."""
+    masks: str = ""
+    """Learn what a mask shows white: alpha (transparency), beside (dog-masklabel.png) or a folder; empty learns all."""
+    unmasked_weight: float = Field(0.1, ge=0, le=1)
+    """How much what a mask leaves out counts. The loss is a weighted mean, so small masks learn as fast."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How much these pictures count in the loss beside those of further sets."""
+    sets: list[DatasetSettings] = []
+    """More sets in the same run. Pictures of the class with weight 0.5 and no trigger word keep the class as it was."""
 
 
 class PriorSettings(Settings):
@@ -181,6 +214,17 @@ class OutputSettings(Settings):
     """Number format of the finished file."""
 
 
+class LaunchSettings(Settings):
+    launcher: Literal["local", "accelerate", "ray"] = "local"
+    """Who starts the run: local (here), accelerate (as "accelerate config" was answered here) or ray (on a cluster)."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes that train together, each with a batch of its own and, where there are GPUs, a GPU of its own."""
+    address: str = ""
+    """Ray only: where its dashboard is, such as http://head:8265. Empty takes the one on this machine."""
+    cores: int = Field(1, ge=1, le=1024)
+    """Ray only: processor cores that each process asks for, beside a GPU unless model.device is cpu."""
+
+
 class TrainConfig(Settings):
     """Everything a run needs. A run's config.toml is this, complete; it is itself a preset."""
 
@@ -198,6 +242,7 @@ class TrainConfig(Settings):
     training: TrainingSettings = TrainingSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
+    launch: LaunchSettings = LaunchSettings()
 
 
 Partial = Mapping[str, Any]  # Any: nested settings as TOML gives them
@@ -358,7 +403,7 @@ def find_preset(name: str) -> dict[str, Any]:
 def to_toml(config: TrainConfig) -> str:
     """The complete settings as TOML, every one with its help as a comment. Reads back to an equal config."""
     document = tomlkit.document()
-    values = json.loads(config.model_dump_json())
+    values = json.loads(config.model_dump_json(exclude_none=True))  # TOML has no null: what is not given is left out
     for name in ("schema_version", "title", "about"):
         document.add(name, tomlkit.item(values[name]))
     for name in type(config).model_fields:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import save_pictures, save_tiny
 
@@ -77,6 +78,27 @@ def test_every_method_trains_and_its_file_draws_the_trained_picture(
     assert generate(model, "a photo of sks", steps=3)[0].tobytes() == before.tobytes()
     size = (tmp_path / "adapter.safetensors").stat().st_size
     assert 0.4 < size / (2 * started.file_bytes) < 2.5, "fp32 is twice the fp16 that was told"
+
+
+@pytest.mark.parametrize("average", ["training.ema=0.5", "training.optimizer=adamw_schedulefree"])
+def test_the_untrained_looks_come_after_the_first_step_and_show_no_trace_of_it(
+    average: str, models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    if "schedulefree" in average:
+        pytest.importorskip("schedulefree")
+    config = config_for(
+        models["sd1"], pictures, "adapter.method=oft", "training.learning_rate=0.5", "training.warmup=0.0",
+        "targets.text_encoder=attention", "training.steps=2", average,
+    )  # fmt: skip
+    events = run(config, tmp_path)
+    told = [(type(event).__name__, event.step) for event in events if isinstance(event, Step | Validated | Sampled)]
+    assert told[:3] == [("Step", 1), ("Validated", 0), ("Sampled", 0)]
+    preview = of(Sampled, events)[0]
+    base = load_model(models["sd1"], dtype=torch.float32)
+    drawn = generate(base, preview.prompt, seed=preview.seed)[0]
+    with Image.open(tmp_path / preview.path) as image:
+        assert image.tobytes() == drawn.tobytes()
+    assert of(Validated, events)[0].loss != of(Validated, events)[1].loss
 
 
 @pytest.mark.parametrize("family", ["sd1", "v", "sdxl"])

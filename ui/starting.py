@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.data.masks import ALPHA, BESIDE, mask_files
+from reparam_diffusion.data.sets import count_further
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.gallery import shelf
@@ -61,7 +64,8 @@ def layer_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def at_control(place: str, method: str) -> str:
     """The place of the control that shows a setting."""
-    return f"adapter.{method}.{place.removeprefix('adapter.')}" if place.startswith("adapter.") else place
+    whole = re.sub(r"\.\d+(\..*)?$", "", place)  # a list has one control
+    return f"adapter.{method}.{whole.removeprefix('adapter.')}" if whole.startswith("adapter.") else whole
 
 
 def start_run(workspace: Path, chosen: datasets.PictureSet | None, settings: Mapping[str, Any]) -> Path:
@@ -78,9 +82,15 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
         raise UserError(
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
+    count_further(config.data)  # a wrong folder is told before anything is made
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
+    masks = config.data.masks
+    if masks == BESIDE:
+        mask_files(chosen.pictures, masks, place="data.masks")
+    elif masks not in ("", ALPHA):
+        chosen, masks = datasets.with_masks(chosen, masks), BESIDE
     folder = datasets.add_dataset(chosen, workspace)
-    data = config.data.model_copy(update={"images": str(folder)})
+    data = config.data.model_copy(update={"images": str(folder), "masks": masks})
     run = runs.create_run(config.model_copy(update={"data": data}), workspace, now=datetime.datetime.now())
     queue.submit(run)
     return run

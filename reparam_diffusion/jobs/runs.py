@@ -13,12 +13,14 @@ from typing import Literal, Self
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
+from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
+from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, read_note
 
 __all__ = [
     "EventLog",
@@ -35,6 +37,7 @@ __all__ = [
     "read_config",
     "read_events",
     "read_queue",
+    "size_of_events",
     "state_of",
     "take_sample",
     "with_start",
@@ -69,11 +72,17 @@ def with_start(config: TrainConfig, workspace: Path) -> TrainConfig:
 
 
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    images = config.data.images
-    if isinstance(images, str):
-        absolute: str | list[str] = str(Path(images).expanduser().resolve()) if images else ""
-    else:
-        absolute = [str(Path(image).expanduser().resolve()) for image in images]
+    data = config.data
+    images = _absolute(data.images) if isinstance(data.images, str) else [_absolute(image) for image in data.images]
+    sets = [
+        one.model_copy(
+            update={
+                "images": _absolute(one.images),
+                "masks": None if one.masks is None else _masks_absolute(one.masks),
+            }
+        )
+        for one in data.sets
+    ]
     model = {
         name: str(Path(path).expanduser().resolve())
         for name, path in (("path", config.model.path), ("vae", config.model.vae))
@@ -81,10 +90,19 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"images": absolute}),
+            "data": data.model_copy(update={"images": images, "masks": _masks_absolute(data.masks), "sets": sets}),
             "model": config.model.model_copy(update=model),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _masks_absolute(masks: str) -> str:
+    """data.masks with its folder's path made absolute; a word stays."""
+    return masks if masks in (ALPHA, BESIDE) else _absolute(masks)
 
 
 def workspace_of(folder: Path) -> Path:
@@ -179,6 +197,14 @@ def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
     return found, offset + len(whole)
 
 
+def size_of_events(folder: Path) -> int:
+    """Bytes that a run has told so far: from there on its events are new."""
+    try:
+        return (folder / "events.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 class Follower:
     """Follows one run: each look reads only what is new."""
 
@@ -193,9 +219,13 @@ class Follower:
         held = is_held(run_lock(self.folder))
         self._read()
         last = self._fold.last
-        state = self._fold.state(is_held=held or _is_starting(last))
+        note = read_note(self.folder)
+        held = held or _is_starting(last) or (note is not None and note.is_live)
+        state = self._fold.state(is_held=held, ended=note.ended if note else "")
         if state.state == "lost" and is_held(run_lock(self.folder)):
             state = self._fold.state(is_held=True)  # a worker took it between the two looks
+        if note is not None and note.waits and not is_held(run_lock(self.folder)):
+            return replace(state, state="queued", phase=WAITING_FOR_RAY, phase_total=0, message="")
         if state.is_live:
             return state
         line = list(read_queue(workspace_of(self.folder)))
@@ -213,8 +243,9 @@ class Follower:
 
 
 def has_worker(folder: Path) -> bool:
-    """Whether a process works on the run, or was launched for it and is on its way to the lock."""
-    return is_held(run_lock(folder)) or _is_starting(_last_event(folder))
+    """Whether a process works on the run, or was launched for it and is on its way to the lock, or Ray has it."""
+    note = read_note(folder)
+    return is_held(run_lock(folder)) or _is_starting(_last_event(folder)) or (note is not None and note.is_live)
 
 
 def _last_event(folder: Path) -> Event | None:
@@ -230,7 +261,7 @@ def _last_event(folder: Path) -> Event | None:
 
 def _is_starting(last: Event | None) -> bool:
     """Whether a process was launched that lives but has not got as far as the lock."""
-    return isinstance(last, Launched) and _is_alive(last.pid, started=last.time)
+    return isinstance(last, Launched) and last.pid > 0 and _is_alive(last.pid, started=last.time)
 
 
 def _is_alive(pid: int, *, started: float) -> bool:

@@ -14,6 +14,7 @@ import torch
 
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT
+from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
@@ -93,7 +94,7 @@ class Cost:
 
 
 def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int) -> Cost:
-    """What a run with so many pictures will cost, as far as it is known. Reads small files only.
+    """What a run with so many pictures in its main set will cost, as far as it is known. Reads small files only.
 
     `threads` are the processor threads the run will have. Raises UserError for a model that cannot be read.
     """
@@ -136,15 +137,18 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
 
 
 def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures: int) -> dict[Unit, int]:
-    """How often each piece of work comes in a run."""
+    """How often each piece of work comes in a run with so many pictures in its main set; further sets are counted."""
     data, training, output = config.data, config.training, config.output
+    counts = [pictures, *count_further(data)]
+    mirrored = sum(count for count, source in zip(counts, sources_of(data), strict=True) if source.flip)
+    pictures = sum(counts)
     held_out = pictures // LEAST_FOR_HELD_OUT if data.held_out < 0 else min(data.held_out, pictures // 4)
     class_items = config.prior.images if config.prior.weight else 0
     looks = 1 + _times(training.steps, output.validate_every or max(training.steps // 10, 1))
     is_cached = not text_is_live(config)
     return {
         "loading": 1,
-        "latents": pictures * (2 if data.flip else 1) + class_items,
+        "latents": pictures + mirrored + class_items,
         "captions": 1 + pictures + min(class_items, max(len(model.habits.backgrounds), 1)) if is_cached else 0,
         "class picture": class_pictures,
         "preview": len(preview_prompts(model, config, [])) * (1 + _times(training.steps, output.sample_every)),

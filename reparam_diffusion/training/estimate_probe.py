@@ -99,7 +99,7 @@ def _on_made_up_pictures(config: TrainConfig, folder: Path) -> TrainConfig:
     for number in range(PICTURES):
         noise = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=generator("probe", number))
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    data = {"images": str(folder), "buckets": False, "repeats": 1, "held_out": 0}
+    data = {"images": str(folder), "buckets": False, "repeats": 1, "held_out": 0, "masks": "", "sets": []}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

@@ -91,6 +91,7 @@ class Learner:
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
         self.best: float | None = None
+        self._is_elsewhere = False
         self.by_method: dict[str, list[Adapter]] = {}
         for adapter in self.adapters.values():
             self.by_method.setdefault(adapter.name, []).append(adapter)
@@ -188,10 +189,10 @@ class Learner:
     def averaged(self) -> Iterator[None]:
         """What is learned at its average, where one is kept: the moving one, or schedule-free's own."""
         averages_itself = is_schedule_free(self.optimizer)
-        if self.average is None and not averages_itself:
+        if self._is_elsewhere or (self.average is None and not averages_itself):
             yield
             return
-        kept = [parameter.detach().clone() for parameter in self.parameters]
+        now = self.kept()
         if self.average is not None:
             self.average.copy_to(self.parameters)
         else:
@@ -203,9 +204,28 @@ class Learner:
         finally:
             if averages_itself:
                 self.optimizer.train()
-            with torch.no_grad():  # bit for bit, which schedule-free's way back is not
-                for parameter, before in zip(self.parameters, kept, strict=True):
-                    parameter.copy_(before)
+            self._put(now)  # bit for bit, which schedule-free's way back is not
+
+    def kept(self) -> list[torch.Tensor]:
+        """A copy of what is trained, as it is now, in host memory."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    @contextmanager
+    def at(self, values: list[torch.Tensor]) -> Iterator[None]:
+        """What is trained as it was kept, while the body runs; no average is taken of it."""
+        now = self.kept()
+        self._put(values)
+        self._is_elsewhere = True
+        try:
+            yield
+        finally:
+            self._is_elsewhere = False
+            self._put(now)
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def ranks(self) -> dict[str, int]:
         """Live ranks by site, for methods that have them."""

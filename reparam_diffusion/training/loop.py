@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -40,8 +41,8 @@ from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
-from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
-from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
+from reparam_diffusion.training.processes import Processes, is_first
 from reparam_diffusion.training.ready import load_base, make_ready
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.start import keep_start
@@ -50,6 +51,10 @@ from reparam_diffusion.training.state import State, load_checkpoint, save_checkp
 Asked = Callable[[], str | bool]
 """Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" with a checkpoint, "sample"
 draws the previews now."""
+
+
+READY = "ready"
+"""What the first process says when the pictures and captions are encoded."""
 
 
 def never() -> str:
@@ -84,10 +89,7 @@ def train(
         return
     setup = Setup(model, config, objective, material, processes, folder, begun)
     learner = Learner(model, config, sites, processes, start=start, word=word)
-    first = 1 if saved is None else saved["step"] + 1
-    if saved is not None:
-        learner.load_state(saved)
-        yield from _differences(saved, model)
+    first = yield from _picked_up(learner, saved, model)
     make_ready(model, config)
     yield Started(
         method=config.adapter.method,
@@ -100,31 +102,36 @@ def train(
         precision=name_of(model.dtype),
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
+        sets=told_sets(config, material),
+        processes=processes.ranks,
     )
     look = _Look(setup, learner)
-    if saved is None:
-        yield from look.at(0)
     with learner, model.parked(text=not text_is_live(config)):
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from look.keep(step - 1)
+                yield from processes.only_main(look.keep(step - 1))
                 if asked == "pause":
                     yield Paused(step - 1)
                     return
                 path = look.finish(step - 1)
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
                 yield Stopped(step - 1, path)
                 return
             clock = time.perf_counter()
-            loss = forward_and_backward(setup, learner, step)
+            loss = processes.mean(forward_and_backward(setup, learner, step))
+            _check_loss(loss, step)
             if step == first:
                 learner.check_gradients()
+            fresh = learner.kept() if step == 1 else None
             rates = learning_rates(learner.optimizer)
             norm = learner.update(step)
             yield Step(step, loss, rates, time.perf_counter() - clock, norm)
+            if fresh is not None:  # the looks before step 1 come after it, since they take minutes on a large model
+                with learner.at(fresh):
+                    yield from look.at(0)
             yield from look.at(step)
         path = look.finish(training.steps)
         yield Saved(training.steps, path, "adapter")
@@ -140,17 +147,21 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
         learner.injection.set_draw(draw_of(samples, setup.config, step))
         loss = loss_of(setup, samples, step)
         total += float(loss.detach()) / passes
-        if not math.isfinite(total):
-            raise UserError(
-                f"The loss became {total} at step {step}.",
-                "The learning rate is too high for these settings, or the model's number format too small.",
-                "Start again with a lower learning rate, or with model.precision = fp32.",
-            )
         penalty = learner.penalty() if micro == 0 else None
         whole = loss / passes if penalty is None else loss / passes + penalty
         learner.scaler.scale(whole).backward()
     learner.injection.set_draw(None)
     return total
+
+
+def _check_loss(loss: float, step: int) -> None:
+    """Refuse a loss that is no number; all processes see the same one and end alike."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss became {loss} at step {step}.",
+            "The learning rate is too high for these settings, or the model's number format too small.",
+            "Start again with a lower learning rate, or with model.precision = fp32.",
+        )
 
 
 class _Look:
@@ -168,20 +179,21 @@ class _Look:
         self.ranks = learner.ranks()
 
     def at(self, step: int) -> Iterator[Event]:
-        """What is due after this step (0: the base model)."""
-        if not self.learner.processes.is_main:
-            return
+        """What is due after this step (0: the base model). The first process does it, the others wait."""
         last = self.config.training.steps
+        due: list[Iterator[Event]] = []
         if step % self.validate_every == 0 or step == last:
-            yield from self._validate(step)
+            due.append(self._validate(step))
         if step % self.sample_every == 0 or step == last:
-            yield from self.draw(step)
+            due.append(self.draw(step))
         if step and (step % self.checkpoint_every == 0 or step == last):
-            yield from self.keep(step)
+            due.append(self.keep(step))
+        if due:
+            yield from self.learner.processes.only_main(chain.from_iterable(due))
 
     def draw(self, step: int) -> Iterator[Event]:
         """The preview pictures at this step."""
-        if self.prompts and self.learner.processes.is_main:
+        if self.prompts:
             with self.learner.averaged():
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
@@ -191,14 +203,13 @@ class _Look:
 
     def keep(self, step: int) -> Iterator[Event]:
         """A checkpoint at this step."""
-        if not self.learner.processes.is_main:
-            return
         state: State = {
             "schema": 1,
             "step": step,
             "precision": name_of(self.setup.model.dtype),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "processes": self.learner.processes.ranks,
             **self.learner.state(),
         }
 
@@ -239,10 +250,13 @@ class _Look:
 def _prepared(
     model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, saved: State | None
 ) -> Generator[Event, None, Material | None]:
-    """The material; None when a request ended the run before it was there."""
+    """The material; None when a request ended the run before it was there.
+
+    The first process draws and encodes, the others wait and find it done.
+    """
     done = 0 if saved is None else saved["step"]
-    if not processes.is_main:
-        processes.wait()  # the first process draws and encodes, the others find it done
+    if not processes.is_main and processes.wait_for_main() != READY:
+        return None
     preparing = prepare(model, config, folder, text_is_live=text_is_live(config))
     while True:
         try:
@@ -250,12 +264,16 @@ def _prepared(
         except StopIteration as end:
             material: Material = end.value
             break
-        asked = stop() if processes.ranks == 1 else ""
+        if not processes.is_main:
+            continue  # the first process has drawn and encoded everything
+        asked = stop()
         if asked and asked != "sample":
+            processes.agree(str(asked))
             yield Paused(done) if asked == "pause" else Stopped(done, "")
             return None
+        processes.agree("")
     if processes.is_main:
-        processes.wait()
+        processes.agree(READY)
     check_captions(config, [item.caption for item in material.dataset.train])
     return material
 
@@ -263,7 +281,7 @@ def _prepared(
 def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
     """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
     settings = folder / "config.toml"
-    if not settings.is_file():
+    if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
     if not resume and steps_saved(folder):
         raise UserError(
@@ -288,7 +306,16 @@ def _notes(config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Ite
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
 
 
-def _differences(saved: State, model: Model) -> Iterator[Event]:
+def _picked_up(learner: Learner, saved: State | None, model: Model) -> Generator[Event, None, int]:
+    """The learner as it was saved; the step it begins with."""
+    if saved is None:
+        return 1
+    learner.load_state(saved)
+    yield from _differences(saved, model, learner.processes.ranks)
+    return int(saved["step"]) + 1
+
+
+def _differences(saved: State, model: Model, processes: int) -> Iterator[Event]:
     """What keeps a resumed run from being bit for bit the same."""
     if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
         yield Warned(
@@ -296,3 +323,13 @@ def _differences(saved: State, model: Model) -> Iterator[Event]:
         )
     if saved["torch"] != str(torch.__version__):
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
+    before = saved.get("processes", 1)
+    if before != processes:
+        yield Warned(
+            f"The run trained in {_counted(before)}, now in {_counted(processes)}: a step shows {processes / before:g} "
+            "times as many pictures."
+        )
+
+
+def _counted(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"

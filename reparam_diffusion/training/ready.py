@@ -7,7 +7,7 @@ import torch
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
-from reparam_diffusion.models.precision import faster_on_cpu, pick_device, pick_precision
+from reparam_diffusion.models.precision import DTYPES, faster_on_cpu, name_of, pick_device, pick_precision
 from reparam_diffusion.training.batch import teaches_text
 from reparam_diffusion.training.processes import Processes, join_processes
 
@@ -16,7 +16,9 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
     """The base model in a number format ("auto" takes the faster one), and the processes that train it together."""
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
-    dtype = dtype_of(config.model.path, precision, processes.device)
+    # The first process decides: each would measure for itself, and two may come to different answers.
+    name = name_of(dtype_of(config.model.path, precision, processes.device)) if processes.is_main else ""
+    dtype = DTYPES[processes.agree(name)]
     model = load_model(
         config.model.path,
         device=processes.device,
