@@ -36,7 +36,8 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
             )
     if not settings.vectors:
         return None
-    _check(data.trigger, f"{data.class_word} {config.prior.prompt}")
+    classes = [data.class_word, config.prior.prompt, *(one.class_word or "" for one in data.sets)]
+    _check(data.trigger, " ".join(classes))
     if known:
         own = known[0].vectors.items()
         return Word(data.trigger, {part: nn.Parameter(rows.to(model.device)) for part, rows in own})
