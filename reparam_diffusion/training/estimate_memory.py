@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,10 @@ from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.room import KEPT_FREE
 from reparam_diffusion.models.sample import at_once
 from reparam_diffusion.models.tiles import Way, taken, tile_side
-from reparam_diffusion.models.words import spoken
+from reparam_diffusion.models.words import reading_only
 from reparam_diffusion.targets import SitePlan
 from reparam_diffusion.training.batch import teaches_text, text_is_live
-from reparam_diffusion.training.embedding import new_word
+from reparam_diffusion.training.embedding import blank_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
@@ -103,14 +103,13 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
     learning: list[Adapter] = []
     resolution = config.data.resolution or model.size
     with torch.no_grad():
-        encoding = worked(lambda: encode(model, [""]), 0, *model.text_encoders)[0]
         encoding = max(encoding, coded("encode", resolution, 0))
         drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
-    sites, word = plan_run(model, config), new_word(model, config)
-    vectors = [] if word is None else [v for v in word.vectors.values() if isinstance(v, nn.Parameter)]
+    sites, word = plan_run(model, config), blank_word(model, config)
+    vectors = [] if word is None else list(word.vectors.values())
     with (
         attach(model.parts, _blank_adapters(model, sites)) as injection,
-        spoken(model, [] if word is None else [word]),
+        nullcontext() if word is None else reading_only(model, word),
         _recomputed(model, config),
     ):
         learning = list(injection.adapters.values())
