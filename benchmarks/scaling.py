@@ -124,7 +124,8 @@ def measure_queue(workspace: Path, count: int) -> None:
         last = timed(lambda: queue.submit(folders[-1]))
         waiting = queue.waiting(workspace)
         again = timed(lambda: queue._start_what_can(workspace, list(waiting)), 5)
-    print(f"queue: {count} waiting: lining up the last {last * 1000:.0f} ms", end="")
+    runs_in_all = len(runs.list_runs(workspace))
+    print(f"queue: {count} waiting, {runs_in_all} runs in all: lining up the last {last * 1000:.0f} ms", end="")
     print(f", a round of the dispatcher {again * 1000:.0f} ms")
 
 
@@ -240,7 +241,7 @@ def main() -> None:
         if "page" in options.what:
             measure_page(workspace, options.users)
         if "queue" in options.what:
-            measure_queue(Path(place) / "other", options.waiting)
+            measure_queue(workspace, options.waiting)
 
 
 if __name__ == "__main__":
