@@ -1,6 +1,6 @@
-"""The memory estimate against real runs: the starter model with every method, and Stable Diffusion 1.5's shapes.
+"""The memory estimate against real runs: the starter model with every method, Stable Diffusion 1.5's and XL's shapes.
 
-    python -m benchmarks.memory [--geometry sd15] [--methods lora oft] [--markdown]
+    python -m benchmarks.memory [--geometry sd15] [--methods lora oft] [--set model.base_8bit=true]
 
 Measured: a child process imports what training imports, notes its resident memory, and trains for a few steps with
 previews; the growth of its peak (VmHWM) over that note is compared with `count_memory`. Linux and CPU only.
@@ -21,11 +21,11 @@ import torch
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, find_preset, parse_set, read_settings, settle, to_toml
-from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.parts import MODEL_CONFIGS, VOCABULARY, empty_parts, make_scheduler
+from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.training.estimate_memory import count_memory
-from reparam_diffusion.training.ready import dtype_of
+from reparam_diffusion.training.ready import outline_for
 
 ROOT = Path(__file__).resolve().parent.parent
 TEDDY = ROOT / "assets" / "examples" / "teddy"
@@ -34,28 +34,34 @@ TEDDY = ROOT / "assets" / "examples" / "teddy"
 def settings_of(model: Path | str, method: str, extra: list[str]) -> TrainConfig:
     """A short run with the page's settings for the starter model."""
     short = [f"model.path='{model}'", f"data.images='{TEDDY}'", "data.trigger=sks", "data.class_word=toy"]
-    return settle(find_preset(f"{method}-subject"), parse_set([*short, "training.steps=6", *extra]))
+    if model != "starter":  # one picture, one at a time
+        short += [f"data.images=['{TEDDY / '01.png'}']", "training.batch=1", "training.steps=2"]
+    return settle(find_preset(f"{method}-subject"), parse_set(["training.steps=6", *short, *extra]))
 
 
-def save_sd15(folder: Path) -> Path:
-    """A model with Stable Diffusion 1.5's shapes and random weights, in bf16 to spare the disk."""
-    from diffusers import StableDiffusionPipeline
+def save_random(folder: Path, geometry: str) -> Path:
+    """A model with Stable Diffusion 1.5's or XL's shapes and random weights, in bf16 to spare the disk."""
     from transformers import CLIPTokenizer
 
+    configs = MODEL_CONFIGS / {"sd15": "sd1", "sdxl": "sdxl"}[geometry]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with quiet():
+            parts = empty_parts(configs)
+    finally:
+        torch.set_default_dtype(before)
+    encoders = {f"te{number}": encoder for number, encoder in enumerate(parts.text_encoders, 1)}
+    pipe = pipeline_over(
+        {"unet": parts.unet} | encoders,
+        vae=parts.vae,
+        tokenizers=[CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77)] * 2,
+        scheduler=make_scheduler(configs),
+    )
     with quiet():
-        parts = empty_parts(MODEL_CONFIGS / "sd1")
-        pipe = StableDiffusionPipeline(
-            unet=parts.unet,
-            vae=parts.vae,
-            text_encoder=parts.text_encoders[0],
-            tokenizer=CLIPTokenizer.from_pretrained(VOCABULARY, model_max_length=77),
-            scheduler=make_scheduler(MODEL_CONFIGS / "sd1"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipe.to(torch.bfloat16).save_pretrained(folder)
-    (folder / "habits.json").write_text('{"steps": 2}', encoding="utf-8")
+        pipe.save_pretrained(folder)
+    habits = {"steps": 1, "preview": ["a photo of {trigger}"]}
+    (folder / "habits.json").write_text(json.dumps(habits), encoding="utf-8")
     return folder
 
 
@@ -64,7 +70,7 @@ def measured(config: TrainConfig) -> int:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "settings.toml").write_text(to_toml(config), encoding="utf-8")
         command = [sys.executable, "-m", "benchmarks.memory", "--train", folder]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return int(json.loads(done.stdout.strip().splitlines()[-1]))
 
 
@@ -87,23 +93,27 @@ def train_in(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.memory", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--geometry", choices=("starter", "sd15"), default="starter")
+    parser.add_argument("--geometry", choices=("starter", "sd15", "sdxl"), default="starter")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--set", nargs="*", default=[], help="further settings, such as training.batch=1")
+    parser.add_argument("--checkpointing", nargs="+", choices=("false", "true"), default=("false", "true"))
+    parser.add_argument("--keep", type=Path, help="a folder for the random models, to use them again")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.train:
         train_in(arguments.train)
         return
     with tempfile.TemporaryDirectory() as folder:
-        model: Path | str = "starter" if arguments.geometry == "starter" else save_sd15(Path(folder))
+        model: Path | str = "starter"
+        if arguments.geometry != "starter":
+            kept = arguments.keep / arguments.geometry if arguments.keep else Path(folder)
+            model = kept if (kept / "model_index.json").is_file() else save_random(kept, arguments.geometry)
         print("| method | gradient checkpointing | estimated | measured | ratio |\n|---|---|---|---|---|")
         for method in arguments.methods:
-            for checkpointing in ("false", "true"):
+            for checkpointing in arguments.checkpointing:
                 extra = [f"training.gradient_checkpointing={checkpointing}", *arguments.set]
                 config = settings_of(model, method, extra)
-                base = outline(config.model.path)
-                base.cast(dtype_of(config.model.path, config.model.precision, torch.device("cpu")))
+                base = outline_for(config, torch.device("cpu"))
                 guess, truth = count_memory(base, config, "cpu").peak, measured(config)
                 word = "on" if checkpointing == "true" else "off"
                 print(

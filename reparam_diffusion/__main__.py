@@ -35,6 +35,7 @@ def train(
     trigger: Annotated[str, typer.Option(help='The made-up word that calls it, such as "sks".')] = "",
     class_word: Annotated[str, typer.Option(help='What it is, such as "toy".')] = "",
     preset: Annotated[str, typer.Option(help="A preset's name or a .toml file.")] = "",
+    card: Annotated[str, typer.Option(help="Your graphics card's memory in GB, for settings that fit.")] = "",
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a .safetensors file or a hub id.')] = "",
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
@@ -47,8 +48,9 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
-    from reparam_diffusion.data.images import find_pictures
+    from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs.launchers import new_run
+    from reparam_diffusion.training.cards import card_layer
 
     given: dict[str, str | int] = {
         "data.images": images,
@@ -63,12 +65,12 @@ def train(
         if value:
             group, _, field = key.partition(".")
             flags.setdefault(group, {})[field] = value
-    config = c.settle(c.find_preset(preset) if preset else {}, flags, c.parse_set(settings or []))
+    config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
-    pictures, _ = find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
+    main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
-        _say_plan(config, workspace, pictures=len(pictures))
+        _say_plan(config, workspace, pictures=len(main.pictures))
         return
     _run(new_run(config, workspace, now=datetime.now()), as_json=as_json)
 
@@ -275,8 +277,9 @@ def _is_number(text: str) -> bool:
 def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
+    from reparam_diffusion.jobs.runs import with_start
 
-    cost = cost_here(config, pictures=pictures, workspace=workspace)
+    cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         typer.echo(line)
 

@@ -147,10 +147,13 @@ class Injection:
 _HOOK = "_adapter_hook"
 
 
-def attach(parts: Parts, adapters: Mapping[str, Adapter], *, strength: float = 1.0) -> Injection:
+def attach(
+    parts: Parts, adapters: Mapping[str, Adapter], *, strength: float = 1.0, device: torch.device | None = None
+) -> Injection:
     """Attach adapters to the modules their sites name. Raises KeyError for a site that the model lacks.
 
-    Adapters move to their host's device and stay fp32. A second attach extends the same hooks.
+    Adapters move to their host's device (or `device`, where hosts rest elsewhere than they work) and stay fp32. A
+    second attach extends the same hooks.
     """
     modules = {site: find_module(parts, site) for site in adapters}
     injection = Injection(parts, adapters)
@@ -161,10 +164,9 @@ def attach(parts: Parts, adapters: Mapping[str, Adapter], *, strength: float = 1
             hook = Hook(module)
             module.__dict__[_HOOK] = hook
             module.__dict__["forward"] = hook.forward
-        device = hook.host.weight.device
         adapter.site = site
-        adapter.to(device)
-        entry = Entry(adapter, torch.tensor(strength, device=device), on=strength != 0.0)
+        adapter.to(place := device or hook.host.device)
+        entry = Entry(adapter, torch.tensor(strength, device=place), on=strength != 0.0)
         hook.entries.append(entry)
         injection._hooks[site] = hook
         injection._entries[site] = entry
@@ -252,6 +254,7 @@ class Merge:
     def _keep(self, host: Host) -> _Merged:
         """The untouched tensors of a site: a CPU's as they are, with room for the sum beside; a GPU's as copies."""
         weight, bias = host.weight.data, host.module.bias
+        assert isinstance(host.weight, nn.Parameter), "nothing is merged into a base in 8 bits"
         assert bias is None or isinstance(bias, nn.Parameter)
         if weight.device.type == "cpu":
             host.weight.data = torch.empty_like(weight)

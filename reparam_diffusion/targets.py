@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from reparam_diffusion.adapters.base import METHODS, Adapter, Plan, Spec, shape_size
+from reparam_diffusion.adapters.base import METHODS, Adapter, Plan, Spec, shape_size, weight_shape
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.inject import Parts
 from reparam_diffusion.maths.chance import generator
@@ -114,11 +114,11 @@ def plan_sites(
                     chosen = other
                     used.add(number)
                     break
-            weight = module.weight
-            assert isinstance(weight, torch.Tensor)
+            shape = weight_shape(module)
             groups = module.groups if isinstance(module, nn.Conv2d) else 1
-            plan = METHODS[chosen.method].plan(chosen, tuple(weight.shape), groups)
-            sites.append(SitePlan(site, chosen.method, plan, tuple(weight.shape), groups))
+            sites.append(
+                SitePlan(site, chosen.method, METHODS[chosen.method].plan(chosen, shape, groups), shape, groups)
+            )
     if not sites:
         raise UserError("No layer of the model is a target.", "", "Try attention+mlp.", place="targets")
     for number, (glob, _) in enumerate(rules):

@@ -11,7 +11,7 @@ from tiny_pipelines import save_pictures, save_tiny
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.apply import apply_adapter, generate
 from reparam_diffusion.config import parse_set, settle
-from reparam_diffusion.events import Finished, Started
+from reparam_diffusion.events import Finished, Started, Step
 from reparam_diffusion.models.load import load_model
 from reparam_diffusion.training.loop import train
 
@@ -37,6 +37,20 @@ def test_every_method_trains_on_the_device(method: str, precision: str, tmp_path
     assert started.precision == precision
     base = load_model(model, device="cuda")
     assert generate(base, "a photo of sks", adapters=[tmp_path / "run" / "adapter.safetensors"], steps=2)
+
+
+@pytest.mark.parametrize("settings", [["model.block_offload=true"], ["model.base_8bit=true"]], ids=str)
+def test_what_saves_memory_trains_to_the_same_losses(settings: list[str], tmp_path: Path) -> None:
+    pictures = save_pictures(tmp_path / "pictures")
+    losses = []
+    for name, more in (("plain", []), ("small", settings)):
+        given = [
+            "model.device=cuda", "model.precision=fp32", f"data.images='{pictures}'", "data.trigger=sks",
+            "training.steps=4", "training.gradient_checkpointing=true", *more,
+        ]  # fmt: skip
+        events = train(settle(parse_set(given)), folder=tmp_path / name)
+        losses.append([event.loss for event in events if isinstance(event, Step)])
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
 
 
 def test_the_compiled_model_heeds_strength_and_removal(tmp_path: Path) -> None:

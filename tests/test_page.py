@@ -120,6 +120,23 @@ def test_a_wrong_setting_is_told_at_its_field_and_starts_nothing(opened: Open, s
     assert len(list((served.workspace / "runs").glob("*"))) == before
 
 
+def test_a_graphics_card_brings_its_settings_and_takes_them_back(opened: Open) -> None:
+    page = opened()
+    page.get_by_role("tab", name="Train").click()
+    set_steps(page, 4)
+    page.get_by_label("Batch", exact=True).fill("7")
+    recomputing = page.get_by_label("Gradient checkpointing")
+    expect(recomputing).not_to_be_checked()
+    page.get_by_label("Graphics card").click()
+    page.get_by_role("option", name="8 GB", exact=True).click()
+    expect(recomputing).to_be_checked()
+    expect(page.get_by_label("Batch", exact=True)).to_have_value("1")
+    expect(page.get_by_label("Steps", exact=True).first).to_have_value("4")
+    page.get_by_label("Graphics card").click()
+    page.get_by_role("option", name="As it is").click()
+    expect(recomputing).not_to_be_checked()
+
+
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_nothing_is_cut_off(opened: Open, width: int, height: int) -> None:
     page = opened(width=width, height=height)

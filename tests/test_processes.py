@@ -36,8 +36,8 @@ from reparam_diffusion.training.loop import train
 torch.set_num_threads(1)
 learners = []
 init = Learner.__init__
-def remembered(self, *args):
-    init(self, *args)
+def remembered(self, *args, **named):
+    init(self, *args, **named)
     learners.append(self)
 Learner.__init__ = remembered
 folder = Path(sys.argv[2])
@@ -54,6 +54,7 @@ def test_two_processes_learn_what_one_learns_with_the_batch_doubled(tmp_path: Pa
         "adapter.method=adalora", "targets.rules=[{match='*attn1*', adapter={method='lora'}}]", "training.steps=10", "training.accumulation=2", "data.flip=true", "training.ema=0.9",
         "output.file_precision=fp32", "output.sample_every=1000", "output.validate_every=5", "targets.text_encoder=attention",
     ]  # fmt: skip
+    settings += ["embedding.vectors=2"]
     one = settle(parse_set([*settings, "training.batch=2"]))
     alone = [event.loss for event in train(one, folder=tmp_path / "one") if isinstance(event, Step)]
     config = tmp_path / "config.toml"

@@ -14,6 +14,7 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import ModelSettings, TrainConfig, read_settings, settle, to_toml
 from reparam_diffusion.jobs import presets
 from reparam_diffusion.models.known import known_models
+from reparam_diffusion.training.cards import cards
 from ui import starting
 from ui.form import Form
 
@@ -23,9 +24,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "data",
         (
             "resolution", "buckets", "repeats", "flip", "caption_template", "caption_dropout", "shuffle_tags",
-            "keep_tags", "held_out",
+            "keep_tags", "held_out", "masks", "unmasked_weight", "weight",
         ),
     ),
+    "Trigger word": ("embedding", ()),
     "Keep the class": ("prior", ()),
     "Layers": ("targets", ()),
     "Previews and file": ("output", ()),
@@ -67,6 +69,7 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
         with gr.Row(elem_classes="settings-head"):
             choices = presets.choices(workspace)
             form.keep("preset", gr.Dropdown(choices, value=presets.FIRST, label="Preset", info=about, min_width=220))
+            form.keep("card", _card_control())
             form.keep("model.path", _model_control(workspace, start))
         groups: dict[str, gr.Column] = {}
         with gr.Tabs(elem_id="settings-tabs") as tabs:
@@ -77,8 +80,11 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
                     with groups[name], gr.Row(elem_classes="grid"):
                         form.add(own.adapter, f"adapter.{name}")
             for title, (group, names) in SECTIONS.items():
-                with gr.Tab(title, id=group), gr.Column(elem_classes="settings"), gr.Row(elem_classes="grid"):
-                    form.add(getattr(start, group), group, names or None)
+                with gr.Tab(title, id=group), gr.Column(elem_classes="settings"):
+                    with gr.Row(elem_classes="grid"):
+                        form.add(getattr(start, group), group, names or None)
+                    if group == "data":
+                        form.add(start.data, "data", ["sets"])
         with gr.Row(elem_classes="settings-foot"):
             name = gr.Textbox(
                 show_label=False,
@@ -93,6 +99,13 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
             take = gr.Button("Download these settings", min_width=170)
             text = gr.Textbox(visible=False)
     return Advanced(panel, tabs, groups, name, save, delete, load, take, text)
+
+
+def _card_control() -> gr.Dropdown:
+    """Settings by the graphics card's memory, over the preset's."""
+    choices = [("As it is", ""), *((f"{card} GB", str(card)) for card in cards())]
+    about = "Settings with which Stable Diffusion XL fits its memory; smaller models fit as they are."
+    return gr.Dropdown(choices, value="", label="Graphics card", info=about, min_width=140)
 
 
 def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:

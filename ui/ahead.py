@@ -13,8 +13,9 @@ import gradio as gr
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
 from reparam_diffusion.data.check import look_over
+from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import estimates, queue
+from reparam_diffusion.jobs import estimates, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
@@ -39,12 +40,13 @@ class Ahead:
 def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str, Any]) -> Ahead:
     """What can be told now; what is not known is being found out when this returns. Any: settings of all types."""
     try:
-        mine = settle(starting.layer_of(settings))
+        mine = runs.with_start(settle(starting.layer_of(settings)), workspace)
         outline(mine.model.path)
+        count_further(mine.data)
     except UserError:  # a mistake in the settings is told at its control when Start is pressed
         return Ahead(cards({}), "", is_complete=True)
     others = {
-        name: starting.settled(workspace, settings["preset"], mine.data.kind, name)
+        name: starting.settled(workspace, settings["preset"], mine.data.kind, name, card=settings["card"])
         for name in METHODS
         if name != mine.adapter.method
     }
@@ -61,7 +63,9 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
 
 def _like(config: TrainConfig, mine: TrainConfig) -> TrainConfig:
     """Another method's default run on the same base model and device."""
-    return config.model_copy(update={"model": mine.model})
+    return config.model_copy(
+        update={"model": mine.model, "data": config.data.model_copy(update={"sets": mine.data.sets})}
+    )
 
 
 def cards(costs: Mapping[str, Cost]) -> list[tuple[str, str]]:
@@ -82,7 +86,8 @@ def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost
     notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(chosen, config))
     waiting = len(queue.waiting(workspace))
     line = f" {waiting} other{'s' if waiting > 1 else ''} will go first." if waiting else ""
-    listed = f'<ul class="callout mild">{notes}</ul>' if notes else ""
+    listed = f'<p class="callout bad" role="alert">{escape(cost.advice)}</p>' if cost.advice else ""
+    listed += f'<ul class="callout mild">{notes}</ul>' if notes else ""
     return f'<p class="cost" role="status">{escape(cost_line(cost, is_measuring=is_measuring))}{line}</p>{listed}'
 
 
@@ -97,7 +102,7 @@ def cost_line(cost: Cost, *, is_measuring: bool) -> str:
         words += f"; keeping the class as it was means drawing {cost.class_pictures} class pictures{took}"
     words += f". A file of {plain_size(cost.file_bytes)}"
     if cost.peak_bytes is not None:
-        where = "memory" if cost.device == "cpu" else "GPU memory"
+        where = "GPU memory" if cost.device == "cuda" else "memory"
         words += f", {plain_size(cost.peak_bytes)} of {where} ({COUNTED})"
     return f"{words}."
 
@@ -106,7 +111,7 @@ def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
     """What a person should read about the pictures before Start. Refused files stand beside the pictures already."""
     model = outline(config.model.path)
     chosen = with_words(chosen, trigger=config.data.trigger, class_word=config.data.class_word)  # as Start does
-    captions = captions_of(model, config, chosen.pictures)
+    captions = captions_of(model, sources_of(config.data)[0], chosen.pictures)
     notes = look_over(
         chosen.pictures,
         [],

@@ -82,14 +82,15 @@ def _add_train(workspace: Path, overview: Overview) -> None:
 
 # --- plain functions of values ---------------------------------------------------------------------------------------
 def train_on(workspace: Path, files: list[Path], settings: Row) -> Path:
-    """Make a run of files and settings by place ("method" and "preset" too) and line it up; gives its folder."""
+    """Make a run of files and settings by place ("method", "preset", "card" too), line it up; gives its folder."""
     given = dict(settings)
     method, preset = str(given.pop("method", "lora")), str(given.pop("preset", presets.FIRST))
     if method not in METHODS:
         raise UserError(f'There is no method called "{method}".', do=f"Choose one of {', '.join(METHODS)}.")
     if "data.images" in given:
         raise UserError("data.images cannot be set here.", do="Send the pictures along.", place="data.images")
-    layers = presets.layers(preset, workspace, kind=str(given.get("data.kind", "subject")), method=method)
+    kind, card = str(given.get("data.kind", "subject")), str(given.pop("card", ""))
+    layers = presets.layers(preset, workspace, kind=kind, method=method, card=card)
     return starting.start_config(workspace, datasets.sort_files(files), settle(*layers, nested(given)))
 
 

@@ -13,10 +13,11 @@ import gradio as gr
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import drafts, presets
+from reparam_diffusion.training.cards import card_layer, cards
 from ui import advanced, ahead, starting
 from ui.advanced import Advanced, draw_advanced
 from ui.door import QUIET, guarded
-from ui.form import Form
+from ui.form import Form, by_place
 from ui.pictures import (
     Captions,
     Pictures,
@@ -111,18 +112,23 @@ def _connect_choices(workspace: Path, tab: TrainTab) -> None:
 
     def refresh(values: Mapping[Any, Any]) -> Updates:
         now = form.read(values)
-        after = starting.defaults(workspace, now["preset"], now["data.kind"], now["method"])
+        after = starting.defaults(workspace, now["preset"], now["data.kind"], now["method"], card=now["card"])
         return {
             **form.refreshed(now, values[tab.shown], after),
             **show_method(tab, now["method"]),
             tab.shown: {**values[tab.shown], **after},
         }
 
+    def choose_card(values: Mapping[Any, Any]) -> Updates:
+        updates = refresh(values)
+        chosen = by_place(card_layer(values[form.controls["card"]]))
+        return {**updates, **form.filled(chosen)}  # also what a person has changed: it would not fit otherwise
+
     def choose_preset(values: Mapping[Any, Any]) -> Updates:
         name = values[form.controls["preset"]]
         if not name.startswith(presets.MINE):
             return refresh(values)
-        mine = starting.settled(workspace, name, "subject", "lora")
+        mine = starting.settled(workspace, name, "subject", "lora", card=values[form.controls["card"]])
         shown = {
             place: v for place, v in starting.shown_of(mine).items() if place not in ("data.trigger", "data.class_word")
         }
@@ -132,6 +138,7 @@ def _connect_choices(workspace: Path, tab: TrainTab) -> None:
     for place in ("data.kind", "method"):
         form.controls[place].input(guarded(refresh, workspace), controls, outputs, **QUIET)
     form.controls["preset"].input(guarded(choose_preset, workspace), controls, outputs, **QUIET)
+    form.controls["card"].input(guarded(choose_card, workspace), controls, outputs, **QUIET)
     # An example sets the kind without a person's input.
     for button, _ in tab.pictures.examples:
         button.click(None).then(guarded(refresh, workspace), controls, outputs, **QUIET)
@@ -236,8 +243,10 @@ def restored(workspace: Path, tab: TrainTab, kept: Any) -> Updates:
     names = {name for _, name in presets.choices(workspace)}
     if values.get("preset") not in names:
         values["preset"] = presets.FIRST
+    if values.get("card") not in {str(card) for card in cards()}:
+        values["card"] = ""
     kind = values.get("data.kind") if values.get("data.kind") in ("subject", "style") else "subject"
-    after = starting.defaults(workspace, values["preset"], str(kind), values["method"])
+    after = starting.defaults(workspace, values["preset"], str(kind), values["method"], card=values["card"])
     draft = show_draft(workspace, kept.get("draft"))
     told, timer = describing_now(workspace, draft[0])
     return {
@@ -257,6 +266,12 @@ def train_again(workspace: Path, tab: TrainTab, run: Path) -> Updates:
         **dict(zip(_draft_controls(tab), show_draft(workspace, draft), strict=True)),
         tab.kept: {"values": shown, "draft": draft},
     }
+
+
+def train_on(workspace: Path, tab: TrainTab, stem: str, draft: str | None) -> Updates:
+    """The form with what trains on from an adapter of the gallery; the pictures stay."""
+    shown = starting.on_from(workspace, stem)
+    return {**fill(workspace, tab, shown), tab.kept: {"values": shown, "draft": draft}}
 
 
 def _draft_controls(tab: TrainTab) -> list[Any]:

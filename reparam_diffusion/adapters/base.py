@@ -7,7 +7,7 @@ numbers) and an Adapter (the parameters of one site). `register` makes it known 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -65,6 +65,16 @@ class Host:
         return weight
 
     @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(iter((*self.module.parameters(), *self.module.buffers()))).device
+
+    @property
+    def shape(self) -> Shape:
+        """The weight's: (out, in/groups, *kernel)."""
+        return weight_shape(self.module)
+
+    @property
     def bias(self) -> Tensor | None:
         bias = self.module.bias
         assert bias is None or isinstance(bias, Tensor)
@@ -102,7 +112,7 @@ class Host:
 
     def rows(self, y: Tensor) -> int:
         """How many rows the host's product has for this output: tokens, or output pixels."""
-        return y.numel() // self.weight.shape[0]
+        return y.numel() // self.shape[0]
 
     def channels_last(self, x: Tensor) -> Tensor:
         """x with its channels on the last axis."""
@@ -269,6 +279,15 @@ class Adapter(nn.Module):
         self.magnitude = nn.Parameter(scale)
 
 
+def weight_shape(module: nn.Module) -> Shape:
+    """The shape of a module's weight; one in 8 bits would have to make it first."""
+    weight = getattr(module, "numbers", None)
+    if weight is None:
+        weight = module.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape)
+
+
 def at_least_float(tensor: Tensor) -> Tensor:
     """The tensor in fp32, or as it is in fp64."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -302,6 +321,35 @@ class Method:
     penalty: Callable[[Iterable[Adapter]], Tensor] | None = None
     after_step: Callable[[Sequence[Adapter], int, int], None] | None = None
     """(adapters, step just taken, total steps): runs once the optimizer has stepped, gradients still there."""
+    go_on: Callable[[Any, Adapter, torch.Generator], Adapter] | None = None
+    """(the settings' plan, an adapter read from a file, generator) -> the same change, ready to be trained on.
+
+    Raises ValueError where that cannot be. Without it a file's own tensors are trained on as they are.
+    """
+
+
+_TRAINING_ONLY = ("dropout", "rank_dropout", "module_dropout")
+"""What a plan says of training alone, which no file tells."""
+
+
+def trained_on(method: Method, wanted: Plan, read: Adapter, generator: torch.Generator) -> Adapter:
+    """An adapter read from a file, to be trained on: the file's numbers and sizes, the settings' dropout.
+
+    Raises ValueError, with a plain sentence, for an adapter of another kind.
+    """
+    if method.go_on is not None:
+        adapter = method.go_on(wanted, read, generator)
+    elif type(read) is method.adapter:
+        adapter = read
+    else:
+        raise ValueError(f"it is {read.name} there")
+    changes = {name: getattr(wanted, name) for name in _TRAINING_ONLY if hasattr(wanted, name)}
+    if hasattr(wanted, "weight_decompose"):
+        changes["weight_decompose"] = adapter.magnitude is not None
+    adapter.plan = replace(adapter.plan, **changes)
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        tensor.data = tensor.data.clone()  # a file's tensors are views of its pages
+    return adapter
 
 
 METHODS: dict[str, Method] = {}

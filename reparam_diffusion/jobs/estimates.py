@@ -29,16 +29,18 @@ from reparam_diffusion.jobs.worker import device_of, start_detached, threads
 from reparam_diffusion.models.folder import import_pipelines
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import cache_file, pick_device
+from reparam_diffusion.models.room import memory_of
+from reparam_diffusion.training.cards import advise, room_on
 from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece
 from reparam_diffusion.training.estimate_memory import count_memory
 from reparam_diffusion.training.estimate_pace import Book, Piece, Unit, machine_name, pieces_of, seconds_of
 from reparam_diffusion.training.estimate_probe import Interrupted, probe
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
-from reparam_diffusion.training.ready import dtype_of
+from reparam_diffusion.training.ready import outline_for
 
 MODULE = "reparam_diffusion.jobs.estimates"
 LEFT_FREE = 0.8
-"""A probe may take this share of the memory that is free."""
+"""A probe may take this share of a computer's memory that is free."""
 
 
 def cost(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
@@ -55,6 +57,8 @@ def cost_here(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
     outline(config.model.path, fetch=True)
     if _memory_of(config) not in Book().read():
         Book().write({_memory_of(config): _count(config)})
+    while (less := _helping(config)) is not None:
+        Book().write({_memory_of(less): _count(less)})
     return cost_of(config, pictures=pictures, workspace=workspace, threads=torch.get_num_threads())
 
 
@@ -119,9 +123,14 @@ def _lock() -> Path:
 
 
 def _gaps(config: TrainConfig) -> dict[str, Piece]:
-    """What can be found out now: "memory", and "pace" unless the device is taken. What failed before is no gap."""
+    """What can be found out now: "memory", that of settings that may "help" where it is not enough, and "pace" unless
+    the device is taken. What failed before is no gap.
+    """
     known = Book().read()
     wanted = {"memory": _memory_of(config)}
+    less = _helping(config)
+    if less is not None:
+        wanted["help"] = _memory_of(less)
     if not locks.is_held(locks.device_lock(device_of(config))):
         wanted["pace"] = _pieces(config, threads())["step"]
     return {gap: piece for gap, piece in wanted.items() if piece not in known and _failed(piece) not in known}
@@ -129,6 +138,20 @@ def _gaps(config: TrainConfig) -> dict[str, Piece]:
 
 def _memory_of(config: TrainConfig) -> Piece:
     return memory_piece(shape_of(config.model.path), config, pick_device(config.model.device))
+
+
+def _helping(config: TrainConfig) -> TrainConfig | None:
+    """The same run with less, where only its memory is wanting to say what helps."""
+    device, known = pick_device(config.model.device), Book().read()
+    peak = known.get(_memory_of(config))
+    if peak is None:
+        return None
+
+    def peak_of(one: TrainConfig) -> int | None:
+        found = known.get(_memory_of(one))
+        return None if found is None else int(found)
+
+    return advise(config, int(peak), room=room_on(device), memory=memory_of(device), peak_of=peak_of).unknown
 
 
 def _failed(piece: Piece) -> Piece:
@@ -152,9 +175,11 @@ def serve() -> None:
 
 def _answer(config: TrainConfig, starting: float) -> None:
     """Count the memory and time the work, where that is not known; a run that wants the device goes first."""
-    for gap, piece in _gaps(config).items():
+    while gaps := _gaps(config):
+        gap, piece = next(iter(gaps.items()))
+        less = _helping(config) if gap == "help" else None
         try:
-            Book().write({piece: _count(config)} if gap == "memory" else _time(config, starting))
+            Book().write(_time(config, starting) if gap == "pace" else {piece: _count(less or config)})
         except Interrupted:
             return
         except (
@@ -166,8 +191,8 @@ def _answer(config: TrainConfig, starting: float) -> None:
 
 def _time(config: TrainConfig, starting: float) -> dict[Piece, float]:
     """Seconds of the run's pieces of work. Raises UserError where the memory is not enough to try."""
-    peak = Book().read().get(_memory_of(config), 0.0)
-    if pick_device(config.model.device).type == "cpu" and peak > LEFT_FREE * psutil.virtual_memory().available:
+    peak, device = Book().read().get(_memory_of(config), 0.0), pick_device(config.model.device)
+    if peak > room_on(device) * (1.0 if device.type == "cuda" else LEFT_FREE):
         raise UserError("There is not enough memory to time this run.", f"It needs {peak / 1e9:.1f} GB.")
     lock = locks.device_lock(device_of(config))
     with tempfile.TemporaryDirectory() as folder:
@@ -178,9 +203,8 @@ def _time(config: TrainConfig, starting: float) -> dict[Piece, float]:
 
 def _count(config: TrainConfig) -> int:
     device = pick_device(config.model.device)
-    base = outline(config.model.path)
-    base.cast(dtype_of(config.model.path, config.model.precision, device))
-    return count_memory(base, config, device.type).peak
+    memory = memory_of(device) if device.type != "cpu" else None
+    return count_memory(outline_for(config, device), config, device.type, memory=memory).peak
 
 
 if __name__ == "__main__":

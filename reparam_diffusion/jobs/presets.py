@@ -10,6 +10,7 @@ from reparam_diffusion.config import PRESETS, TrainConfig, find_preset, read_set
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.training.cards import card_layer
 
 FIRST = "starter"
 MINE = "mine/"
@@ -36,14 +37,17 @@ def choices(workspace: Path) -> list[tuple[str, str]]:
     return [(title, name) for name, title in found.items()]
 
 
-def layers(name: str, workspace: Path, *, kind: str, method: str) -> list[Layer]:
-    """What a run's settings start from, as layers to settle. A person's own preset brings its own method and kind."""
+def layers(name: str, workspace: Path, *, kind: str, method: str, card: str = "") -> list[Layer]:
+    """What a run's settings start from, as layers to settle; a graphics card's come last.
+
+    A person's own preset brings its own method and kind.
+    """
     if name.startswith(MINE):
-        return [read_settings(_file(name, workspace))]
+        return [read_settings(_file(name, workspace)), card_layer(card)]
     own = "style" if kind == "style" else f"{method}-subject"
     names = (own, "quick") if name == FIRST else (f"{name}-{method}", name)
     known = next((find_preset(one) for one in names if (PRESETS / f"{one}.toml").is_file()), {})
-    return [known, {"adapter": {"method": method}, "data": {"kind": kind}}]
+    return [known, {"adapter": {"method": method}, "data": {"kind": kind}}, card_layer(card)]
 
 
 def save(config: TrainConfig, workspace: Path, *, title: str) -> str:

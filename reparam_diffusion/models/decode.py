@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.room import free_on
+from reparam_diffusion.models.tiles import tile_side, tiled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -18,15 +20,22 @@ _LOOK = {"cpu": 16}
 _LOOK_ON_GPU = 64
 
 
-def decode(model: Model, latents: Tensor) -> list[Image]:
-    """Latents to pictures in the VAE's own number format, which the pipelines do not always do."""
+def decode(model: Model, latents: Tensor, *, room: int | None = None) -> list[Image]:
+    """Latents to pictures in the VAE's own number format, which the pipelines do not always do.
+
+    In tiles where a whole picture needs more than `room` bytes (None: what is free on the device).
+    """
     from diffusers.image_processor import VaeImageProcessor
 
     config = model.vae.config
     latents = latents.to(model.vae.dtype) / config.scaling_factor + (config.shift_factor or 0.0)
-    decoded = [
-        model.vae.decode(one[None], return_dict=False)[0] for one in latents
-    ]  # one by one: it is the largest part
+    height, width = (side * model.pixels_per_latent for side in latents.shape[-2:])
+    with model.using(model.vae):
+        room = free_on(model.device) if room is None else room
+        side = tile_side(model.vae, "decode", height, width, room=room, device=model.device.type)
+        with tiled(model.vae, side):
+            # one by one: it is the largest part
+            decoded = [model.vae.decode(one[None], return_dict=False)[0] for one in latents]
     pictures: list[Image] = VaeImageProcessor().postprocess(torch.cat(decoded), output_type="pil")
     return pictures
 

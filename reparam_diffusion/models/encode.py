@@ -31,14 +31,15 @@ def encode(model: Model, captions: Sequence[str], *, clip_skip: int = 0) -> Enco
 
     SD 1.x and 2.x read the last layer after the final norm; SDXL reads the last but one of both encoders, no norm.
     """
-    if model.family != "sdxl":
-        return Encoded(_hidden_normed(model, captions, clip_skip), None)
-    states, pooled = [], None
-    for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-        out = encoder(_tokens(tokenizer, captions, model.device), output_hidden_states=True)
-        states.append(out.hidden_states[-(clip_skip + 2)])
-        pooled = out[0]  # the last encoder's projection
-    return Encoded(torch.cat(states, dim=-1), pooled)
+    with model.using(*model.text_encoders):
+        if model.family != "sdxl":
+            return Encoded(_hidden_normed(model, captions, clip_skip), None)
+        states, pooled = [], None
+        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
+            out = encoder(_tokens(tokenizer, captions, model.device), output_hidden_states=True)
+            states.append(out.hidden_states[-(clip_skip + 2)])
+            pooled = out[0]  # the last encoder's projection
+        return Encoded(torch.cat(states, dim=-1), pooled)
 
 
 def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:
@@ -75,8 +76,11 @@ def last_layers(model: Model, *, clip_skip: int) -> dict[str, int]:
 
 
 def time_ids(model: Model, *, original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's size conditioning (6,): original height and width, crop top and left, target height and width; pixels."""
-    return torch.tensor([*original, *corner, *target], dtype=model.dtype, device=model.device)
+    """SDXL's size conditioning (6,): original height and width, crop top and left, target height and width; pixels.
+
+    In fp32, as the UNet takes sines of them: bf16 would round 1365 pixels to 1368.
+    """
+    return torch.tensor([*original, *corner, *target], dtype=torch.float32, device=model.device)
 
 
 def is_too_long(model: Model, caption: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +12,19 @@ import torch
 from torch import nn
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.eightbit import to_8bit
 from reparam_diffusion.models.folder import load_pipeline
 from reparam_diffusion.models.habits import Habits
-from reparam_diffusion.models.precision import pick_device, pick_precision
+from reparam_diffusion.models.ledger import bytes_of
+from reparam_diffusion.models.precision import pick_device, pick_precision, vae_dtype
 from reparam_diffusion.models.quiet import quiet
+from reparam_diffusion.models.resting import Offload, Rest
+from reparam_diffusion.models.room import memory_of
+from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.single_file import load_checkpoint, load_vae
 from reparam_diffusion.models.source import find_source
+from reparam_diffusion.models.tiles import reduction_of
+from reparam_diffusion.models.words import Speech
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -36,46 +43,65 @@ class Model:
     dtype: torch.dtype
     habits: Habits = field(default_factory=Habits)
     folder: Path | None = None
-    _idle: list[nn.Module] = field(default_factory=list)
+    speech: Speech | None = None
+    """The new words that are on it; `models.words.set_words` changes them."""
+    _resting: dict[int, Rest] = field(default_factory=dict)
+    _offload: Offload | None = None
 
     @property
     def parts(self) -> dict[str, nn.Module]:
         """What adapters attach to: "unet", "te1" and, for SDXL, "te2"."""
         return {"unet": self.unet} | {f"te{n}": encoder for n, encoder in enumerate(self.text_encoders, 1)}
 
-    def cast(self, dtype: torch.dtype) -> None:
-        """Change the number format of the UNet and the text encoders."""
-        with quiet():
-            for module in self.parts.values():
-                module.to(dtype)
-        self.dtype = dtype
+    def stage(self, *, block_offload: bool = False) -> None:
+        """From now on the parts rest where they are and are on the device only while `using` them.
+
+        With `block_offload` the UNet's blocks come one at a time even then.
+        """
+        if block_offload:
+            self._offload = Offload(self.unet, self.device)
+        blocks = self._offload.blocks if self._offload is not None else []
+        self._resting = {
+            id(part): Rest(part, self.device, but=blocks) for part in (self.unet, self.vae, *self.text_encoders)
+        }
+        if self.device.type == "cuda":
+            for rest in (*self._resting.values(), *(self._offload.rests if self._offload is not None else [])):
+                rest.pin()
+
+    def unstage(self) -> None:
+        """The inverse of `stage`."""
+        self._resting = {}
+        if self._offload is not None:
+            self._offload.end()
+            self._offload = None
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether parts rest in host memory when they are not in use."""
+        return bool(self._resting)
 
     @contextmanager
-    def parked(self, *, text: bool) -> Iterator[None]:
-        """While the body runs, the VAE (and with `text` the text encoders) leave a GPU; `awake` fetches them back."""
-        idle = [self.vae, *(self.text_encoders if text else [])]
-        if self.device.type == "cpu":
-            idle = []
-        self._idle = idle
-        for module in idle:
-            module.to("cpu")
+    def using(self, *parts: nn.Module) -> Iterator[None]:
+        """While the body runs, these parts are on the device; parts that are not staged always are."""
+        with ExitStack() as stack:
+            for part in parts:
+                rest = self._resting.get(id(part))
+                if rest is not None:
+                    stack.enter_context(rest.visiting())
+            yield
+
+    @contextmanager
+    def without(self, part: nn.Module) -> Iterator[None]:
+        """While the body runs, a staged part that is in use makes room for another."""
+        rest = self._resting.get(id(part))
+        if rest is None or not rest.is_here:
+            yield
+            return
+        rest.leave()
         try:
             yield
         finally:
-            self._idle = []
-            for module in idle:
-                module.to(self.device)
-
-    @contextmanager
-    def awake(self) -> Iterator[None]:
-        """While the body runs, parked parts are on the device again."""
-        for module in self._idle:
-            module.to(self.device)
-        try:
-            yield
-        finally:
-            for module in self._idle:
-                module.to("cpu")
+            rest.fetch()
 
     @property
     def family(self) -> Family:
@@ -87,7 +113,7 @@ class Model:
     @property
     def pixels_per_latent(self) -> int:
         """The VAE's reduction, 8 for Stable Diffusion."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return reduction_of(self.vae)
 
     @property
     def size(self) -> int:
@@ -113,12 +139,19 @@ def load_model(
     dtype: torch.dtype | None = None,
     vae: str | Path = "",
     prediction_type: str = "auto",
+    zero_terminal_snr: bool = False,
+    base_8bit: bool = False,
+    block_offload: bool = False,
+    staged: bool | None = None,
 ) -> Model:
     """A base model, ready to draw and to carry adapters; its weights are frozen.
 
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
-    and bf16 (or fp16) on a GPU; the VAE is fp32 always, as half of it overflows. `vae` is a VAE to use instead of the
-    model's own, `prediction_type` overrides what was detected. Raises UserError when it cannot be read.
+    and bf16 (or fp16) on a GPU; the VAE is fp32, unless it is one made for fp16. `vae` is a VAE to use instead of the
+    model's own, `prediction_type` overrides what was detected, `zero_terminal_snr` lets its noise end in pure noise.
+    `base_8bit` keeps the UNet's linear layers in 8 bits; nothing can be merged into them. `staged` leaves the parts in
+    host memory between uses (None: where a CUDA card's is short), `block_offload` the UNet's blocks as well.
+    Raises UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:
@@ -134,6 +167,8 @@ def load_model(
         if prediction_type != "auto":
             kind = type(parts.scheduler)
             parts.scheduler = kind.from_config(parts.scheduler.config, prediction_type=prediction_type)
+        if zero_terminal_snr:
+            parts.scheduler = down_to_noise(parts.scheduler)
     model = Model(
         name=source.name,
         unet=parts.unet,
@@ -147,11 +182,26 @@ def load_model(
         folder=source.folder,
     )
     _check_channels(model)
-    for module in (*model.parts.values(), model.vae):
-        module.requires_grad_(False).eval().to(place)
+    modules = (*model.parts.values(), model.vae)
+    for module in modules:
+        module.requires_grad_(False).eval()
+    with quiet():
+        model.vae.to(vae_dtype(model.vae.config, place))
+    if base_8bit:
+        to_8bit(model.unet)
     if place.type == "cuda":
         model.unet.to(memory_format=torch.channels_last)
+    if place.type == "cuda" and (block_offload or (is_short(model) if staged is None else staged)):
+        model.stage(block_offload=block_offload)
+    else:
+        for module in modules:
+            module.to(place)
     return model
+
+
+def is_short(model: Model) -> bool:
+    """Whether the parts together take more than half of the device's memory: too little is left to work in."""
+    return 2 * sum(bytes_of(part) for part in (*model.parts.values(), model.vae)) > memory_of(model.device)
 
 
 def _check_channels(model: Model) -> None:

@@ -9,19 +9,27 @@ from types import SimpleNamespace
 
 import torch
 
+from reparam_diffusion.models.eightbit import to_8bit
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.parts import empty_parts, make_scheduler, shape_key
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.source import Source, find_source
 
 
-def outline(path_or_id: str | Path, *, fetch: bool = False) -> Model:
+def outline(
+    path_or_id: str | Path,
+    *,
+    fetch: bool = False,
+    dtype: torch.dtype = torch.float32,
+    base_8bit: bool = False,
+) -> Model:
     """The model with shapes and no numbers: enough to plan adapters and to count memory. Raises UserError.
 
-    A hub id's configuration must be on this machine, unless it may be fetched.
+    `dtype` is the UNet's and the text encoders'; `base_8bit` as in load_model. A hub id's configuration must be on this
+    machine, unless it may be fetched.
     """
     source = find_source(path_or_id, fetch=fetch)
-    return _outline(source, shape_key(source.configs))
+    return _outline(source, shape_key(source.configs), dtype, base_8bit)
 
 
 def shape_of(path_or_id: str | Path) -> str:
@@ -29,12 +37,16 @@ def shape_of(path_or_id: str | Path) -> str:
     return shape_key(find_source(path_or_id, fetch=False).configs)
 
 
-@lru_cache(maxsize=4)
-def _outline(source: Source, shape: str) -> Model:
+@lru_cache(maxsize=6)
+def _outline(source: Source, shape: str, dtype: torch.dtype, base_8bit: bool) -> Model:
     with quiet(), torch.device("meta"):
         parts = empty_parts(source.configs)
+        for module in (parts.unet, *parts.text_encoders):
+            module.to(dtype)
     for module in (parts.unet, parts.vae, *parts.text_encoders):
         module.requires_grad_(False).eval()
+    if base_8bit:
+        to_8bit(parts.unet)
     return Model(
         name=source.name,
         unet=parts.unet,
@@ -43,7 +55,7 @@ def _outline(source: Source, shape: str) -> Model:
         tokenizers=[_Blank(encoder.config.max_position_embeddings) for encoder in parts.text_encoders],
         scheduler=make_scheduler(source.configs),
         device=torch.device("meta"),
-        dtype=torch.float32,
+        dtype=dtype,
         habits=source.habits,
         folder=source.folder,
     )

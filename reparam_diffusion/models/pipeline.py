@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from reparam_diffusion.models.quiet import quiet
 
 
 def pipeline_over(
-    parts: Mapping[str, nn.Module], *, vae: Any = None, tokenizers: Sequence[Any] = (None, None), scheduler: Any = None
+    parts: Mapping[str, nn.Module],
+    *,
+    vae: Any = None,
+    tokenizers: Sequence[Any] = (None, None),
+    scheduler: Any = None,
+    device: torch.device | None = None,
 ) -> Any:
     """The pipeline of the parts' family; without a VAE it can carry adapters and draw nothing.
 
-    Any: diffusers' and transformers' classes are not imported here.
+    It works on `device`, or where its first part lies. Any: diffusers' and transformers' classes are not imported here.
     """
     from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
@@ -26,10 +32,12 @@ def pipeline_over(
         "unet": parts["unet"],
         "text_encoder": parts.get("te1"),
     }
+    kind: Any = StableDiffusionPipeline
+    more: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    if "te2" in parts:
+        kind = StableDiffusionXLPipeline
+        more = {"text_encoder_2": parts["te2"], "tokenizer_2": tokenizers[1], "add_watermarker": False}
+    if device is not None:  # parts may rest elsewhere, and diffusers would take the first one's place for its own
+        kind = type(kind.__name__, (kind,), {"device": property(lambda _: device)})
     with quiet():
-        if "te2" in parts:
-            second = {"text_encoder_2": parts["te2"], "tokenizer_2": tokenizers[1]}
-            return StableDiffusionXLPipeline(**rest, **second, add_watermarker=False)
-        return StableDiffusionPipeline(
-            **rest, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+        return kind(**rest, **more)

@@ -54,6 +54,15 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def vae_dtype(config: Any, device: torch.device) -> torch.dtype:
+    """A VAE's number format: fp32, since half of them overflow in fp16; on CUDA fp16 where the VAE is made for it.
+
+    Any: diffusers' configuration, whose `force_upcast` says so.
+    """
+    is_made_for_it = config.get("force_upcast") is False
+    return torch.float16 if is_made_for_it and device.type == "cuda" else torch.float32
+
+
 def faster_on_cpu(unet: Any) -> torch.dtype:
     """bf16 where forward and backward through one of this UNet's blocks are clearly faster in it, else fp32.
 

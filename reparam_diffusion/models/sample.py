@@ -15,6 +15,7 @@ from reparam_diffusion.models.decode import Watcher, decode, look
 from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
+from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.schedulers import make_scheduler
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def draw(
         text = encode(model, [prompt, negative], clip_skip=clip_skip)
         fresh = make_scheduler(model.scheduler, scheduler)
         watcher = None if on_look is None else Watcher(fresh)
-        pipe = pipeline_over(model.parts, vae=model.vae, tokenizers=model.tokenizers, scheduler=fresh)
+        pipe = pipeline_over(
+            model.parts, vae=model.vae, tokenizers=model.tokenizers, scheduler=fresh, device=model.device
+        )
         pipe.set_progress_bar_config(disable=True)
         rounds = [seeds[start : start + room] for start in range(0, len(seeds), room)]
 
@@ -70,19 +73,22 @@ def draw(
                 on_look(number, look(model, watcher.clean))
 
         for number, chunk in enumerate(rounds):
-            out = pipe(
-                **_conditioning(text, len(chunk)),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                width=width,
-                height=height,
-                generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                callback_on_step_end=_progress(on_step, partial(early, len(pictures)), number, len(rounds)),
-                output_type="latent",
-            ).images
+            with model.using(model.unet):
+                out = pipe(
+                    **_conditioning(text, len(chunk)),
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    width=width,
+                    height=height,
+                    generator=[torch.Generator().manual_seed(seed) for seed in chunk],
+                    callback_on_step_end=_progress(on_step, partial(early, len(pictures)), number, len(rounds)),
+                    output_type="latent",
+                ).images
             if getattr(pipe, "was_cancelled", False):
                 return []
-            pictures += decode(model, out)
+            give_back()
+            with model.without(model.unet):
+                pictures += decode(model, out)
     return pictures
 
 

@@ -6,44 +6,49 @@ run. What libraries take beside the tensors comes on top, as measured on a CPU (
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 from reparam_diffusion.adapters.base import METHODS, Adapter
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.inject import Injection, attach
+from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.encode import Encoded, encode
+from reparam_diffusion.models.ledger import Ledger, bytes_of, counted
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.precision import vae_dtype
+from reparam_diffusion.models.quiet import quiet
+from reparam_diffusion.models.room import KEPT_FREE
 from reparam_diffusion.models.sample import at_once
+from reparam_diffusion.models.tiles import Way, taken, tile_side
+from reparam_diffusion.models.words import reading_only
 from reparam_diffusion.targets import SitePlan
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import teaches_text, text_is_live
+from reparam_diffusion.training.embedding import blank_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
 from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
-from reparam_diffusion.training.ready import keep, recompute
+from reparam_diffusion.training.ready import keep, recompute, recomputes
 
-STATES = {"adamw": 2, "adam": 2, "radam": 2, "nadam": 2, "sgd": 1, "rmsprop": 1, "adafactor": 0}
-"""Numbers that an optimizer keeps for each one it trains."""
+STATES = {
+    "adamw": 8, "adam": 8, "radam": 8, "nadam": 8, "sgd": 4, "rmsprop": 4, "adafactor": 0, "adamw8bit": 2, "lion": 4,
+    "lion8bit": 1, "prodigy": 16, "adamw_schedulefree": 8,
+}  # fmt: skip
+"""Bytes that an optimizer keeps for each number it trains."""
+_LEAST_8BIT = 4096
+"""bitsandbytes keeps states of fewer numbers than this in fp32."""
 _PROGRAM_BYTES = 115_000_000
 """On a CPU: code and tables that libraries load at first use, and what the allocator keeps in fragments."""
 _KERNEL_BYTES = 350_000
 """On a CPU: oneDNN compiles and keeps a kernel for every shape."""
 _CUDA_SHARE = 0.1
 """On a GPU: scratch space and fragments, not measured."""
-
-_ATEN = torch.ops.aten
-_CONVOLUTIONS = {_ATEN.convolution, _ATEN.convolution_backward}
-_PRODUCTS = {_ATEN.mm, _ATEN.addmm, _ATEN.bmm, _ATEN.baddbmm}
 
 
 @dataclass(frozen=True)
@@ -60,118 +65,94 @@ class Memory:
         return max(self.loading, self.encoding, self.drawing, self.training)
 
 
-class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors made while it is on, and the most that lived at once."""
+def count_memory(model: Model, config: TrainConfig, device: str, *, memory: int | None = None) -> Memory:
+    """What a run on a "cpu", "cuda" or "mps" device needs, from its model's outline in the run's number format.
 
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self.kernels: set[tuple[object, ...]] = set()
-        self._storages = WeakIdKeyDictionary()
-        for tensor in known:
-            self._storages[tensor.untyped_storage()] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # Any: torch's own
-        out = func(*args, **(kwargs or {}))
-        self._note_kernel(func.overloadpacket, [tensor for tensor in args if isinstance(tensor, Tensor)])
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._enter(tensor.untyped_storage())
-        return out
-
-    def _note_kernel(self, function: Any, inputs: list[Tensor]) -> None:  # Any: torch's own
-        """oneDNN serves convolutions, and products in half precision."""
-        if function in _CONVOLUTIONS or (function in _PRODUCTS and inputs[-1].dtype != torch.float32):
-            self.kernels.add((function, *(tuple(tensor.shape) for tensor in inputs)))
-
-    def _enter(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._storages:
-            return
-        size = storage.nbytes()
-        self._storages[storage] = size
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._leave, size)
-
-    def _leave(self, size: int) -> None:
-        self.live -= size
-
-
-@contextmanager
-def _fused_attention() -> Iterator[None]:
-    """Attention as real devices compute it, without the matrix of scores that the meta device would hold.
-
-    A torch function mode would be off while checkpointing recomputes, so the function itself is exchanged.
+    On a CUDA card the parts come and go as in a run. `memory` is all that the device has, in bytes: where it is short,
+    the VAE works in tiles (None: never). Takes seconds; the outline is left as it was.
     """
-    plain = nn.functional.scaled_dot_product_attention
-
-    def fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:  # Any: masks and numbers
-        known = {name: options[name] for name in ("is_causal", "attn_mask", "scale") if name in options}
-        out: Tensor = _ATEN._scaled_dot_product_flash_attention_for_cpu(query, key, value, **known)[0]
-        return out
-
-    nn.functional.scaled_dot_product_attention = fused  # type: ignore[assignment]  # for this body only
+    with quiet():
+        model.vae.to(vae_dtype(model.vae.config, torch.device(device)))
+    if device == "cuda":
+        model.stage(block_offload=config.model.block_offload)
     try:
-        yield
+        return _count(model, config, device, memory)
     finally:
-        nn.functional.scaled_dot_product_attention = plain
+        model.unstage()
 
 
-def count_memory(model: Model, config: TrainConfig, device: str) -> Memory:
-    """What a run on a "cpu" or a "cuda" device needs, from its model's outline in the run's number format.
+def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -> Memory:
+    parts = (*model.parts.values(), model.vae)
+    resident = sum(bytes_of(part) for part in parts) if device != "cuda" else 0
+    drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), model.size, model.size))
+    share = 1.0 if device == "cpu" else 1 + _CUDA_SHARE
 
-    Takes seconds; the outline is left as it was.
-    """
-    everything = sum(_bytes(module) for module in (*model.parts.values(), model.vae))
-    parked = 0  # a GPU is left by what training does not need; on a CPU all stays
-    if device != "cpu":
-        parked = _bytes(model.vae) + (0 if _text_is_live(config) else sum(_bytes(e) for e in model.text_encoders))
-    side = model.size
-    drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), side, side))
+    def coded(way: Way, side: int, beside: int) -> int:
+        """What a picture of that side takes in the VAE, with so much beside it."""
+        beside += resident or bytes_of(model.vae)
+        room = (memory or sys.maxsize) - KEPT_FREE - beside
+        tile = tile_side(model.vae, way, side, side, room=room, device=device)
+        return beside + taken(model.vae, way, side, side, device=device, side=tile)
+
+    def worked(work: Callable[[], object], beside: int, *used: nn.Module) -> tuple[int, Ledger]:
+        """What a piece of work takes with these parts on the device, with so much beside them."""
+        with counted(*parts, *learning) as ledger, model.using(*used):
+            work()
+        return int((resident + beside + ledger.peak) * share), ledger
+
+    learning: list[Adapter] = []
+    resolution = config.data.resolution or model.size
     with torch.no_grad():
-        encoding = everything + max(_encode_picture(model, config), _encode_text(model))
-        drawing = everything + _draw(model, drawn if config.prior.weight else 1)
-    with attach(model.parts, _blank_adapters(model, plan_run(model, config))) as injection, _recomputed(model, config):
-        learned = sum(_bytes(adapter) for adapter in injection.adapters.values())
-        learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
+        encoding = max(encoding, coded("encode", resolution, 0))
+        drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
+    sites, word = plan_run(model, config), blank_word(model, config)
+    vectors = [] if word is None else list(word.vectors.values())
+    with (
+        attach(model.parts, _blank_adapters(model, sites)) as injection,
+        nullcontext() if word is None else reading_only(model, word),
+        _recomputed(model, config),
+    ):
+        learning = list(injection.adapters.values())
+        learned = sum(bytes_of(adapter) for adapter in learning) + sum(v.nbytes for v in vectors)
+        learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in (*injection.parameters(), *vectors))
         with torch.no_grad():
-            drawing = max(drawing, everything + learned + max(_draw(model, 1), _look(model, config)))
-        with _counted(*model.parts.values(), *injection.adapters.values()) as ledger:
-            _step(model, config, injection)
-    training = everything - parked + learned + ledger.peak
-    parts = [everything, encoding, drawing, training]
-    if device == "cpu":
-        beside = _PROGRAM_BYTES + _KERNEL_BYTES * len(ledger.kernels)
-        return Memory(*(part + beside for part in parts))
-    return Memory(*(int(part * (1 + _CUDA_SHARE)) for part in parts))
+            drawing = max(drawing, coded("decode", model.size, learned))
+            drawing = max(drawing, worked(lambda: _look(model, config), learned, model.unet)[0])
+            if resolution < model.size:  # else a preview's two passes are less than the four of a look
+                drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
+        used = (model.unet, *(model.text_encoders if text_is_live(config) else []))
+        training, ledger = worked(lambda: _step(model, config, injection), learned, *used)
+    found = Memory(resident and resident + _saved_in_8bit(model), encoding, drawing, training)
+    if device != "cpu":
+        return found
+    beside = _PROGRAM_BYTES + _KERNEL_BYTES * len(ledger.kernels)
+    return Memory(*(part + beside for part in vars(found).values()))
 
 
-def _text_is_live(config: TrainConfig) -> bool:
-    """Whether captions are encoded anew in each step."""
-    return trains_text(config) or config.data.shuffle_tags
+def _state_bytes(optimizer: str, numbers: int) -> int:
+    """What the optimizer keeps for one parameter; of 8 bits also the scale of each block of 256."""
+    if not optimizer.endswith("8bit"):
+        return STATES[optimizer] * numbers
+    if numbers < _LEAST_8BIT:
+        return 4 * STATES[optimizer] * numbers
+    return STATES[optimizer] * (numbers + 4 * -(-numbers // 256))
+
+
+def _saved_in_8bit(model: Model) -> int:
+    """What a base in 8 bits took before it was put into them."""
+    layers = [inner for inner in model.unet.modules() if isinstance(inner, Linear8bit)]
+    return sum(layer.numbers.numel() * (layer.dtype.itemsize - 1) - layer.scale.nbytes for layer in layers)
 
 
 @contextmanager
 def _recomputed(model: Model, config: TrainConfig) -> Iterator[None]:
     """The outline as the settings ask for it while the body runs."""
-    if config.training.gradient_checkpointing:
-        recompute(model, text=trains_text(config))
+    if recomputes(config):
+        recompute(model, text=teaches_text(config))
     try:
         yield
     finally:
         keep(model)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
-
-
-@contextmanager
-def _counted(*modules: nn.Module) -> Iterator[Ledger]:
-    known = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    with Ledger(known) as ledger, _fused_attention():
-        yield ledger
 
 
 def _blank_adapters(model: Model, sites: Sequence[SitePlan]) -> dict[str, Adapter]:
@@ -200,34 +181,15 @@ def _text(model: Model, count: int) -> Encoded:
     return Encoded(torch.empty(count, tokens, width, device="meta"), pooled)
 
 
-def _encode_picture(model: Model, config: TrainConfig) -> int:
-    side = config.data.resolution or model.size
-    with _counted(model.vae) as ledger:
-        model.vae.encode(torch.empty(1, 3, side, side, device="meta"))
-    return ledger.peak
+def _denoise(model: Model, count: int) -> None:
+    """One sampling step of pictures at once: the UNet sees each with and without the prompt."""
+    _predict(model, _latents(model, model.size, 2 * count), _text(model, 2 * count))
 
 
-def _encode_text(model: Model) -> int:
-    with _counted(*model.text_encoders) as ledger:
-        encode(model, [""])
-    return ledger.peak
-
-
-def _draw(model: Model, count: int) -> int:
-    """Drawing pictures at once: the UNet sees each with and without the prompt, the VAE one after the other."""
-    with _counted(model.unet) as ledger:
-        _predict(model, _latents(model, model.size, 2 * count), _text(model, 2 * count))
-    with _counted(model.vae) as decoder:
-        model.vae.decode(_latents(model, model.size, 1))
-    return max(ledger.peak, decoder.peak)
-
-
-def _look(model: Model, config: TrainConfig) -> int:
+def _look(model: Model, config: TrainConfig) -> None:
     """The fixed-noise loss of one picture."""
     count = len(TIMES)
-    with _counted(model.unet) as ledger:
-        _predict(model, _latents(model, config.data.resolution or model.size, count), _text(model, count))
-    return ledger.peak
+    _predict(model, _latents(model, config.data.resolution or model.size, count), _text(model, count))
 
 
 def _predict(model: Model, latents: Tensor, text: Encoded) -> Tensor:
@@ -253,7 +215,7 @@ def _step(model: Model, config: TrainConfig, injection: Injection) -> None:
     latents = _latents(model, config.data.resolution or model.size, count)
     batch = Noised(latents, torch.empty_like(latents), torch.empty(count, dtype=torch.long, device="meta"))
     text = _text(model, count)
-    if _text_is_live(config):
+    if text_is_live(config):
         text = encode(model, [""] * count, clip_skip=config.model.clip_skip)
     loss = objective.losses(model.unet, batch, text, _size_ids(model, count), model.dtype).mean()
     for name in {adapter.name for adapter in injection.adapters.values()}:

@@ -138,12 +138,13 @@ def pieces_of(model: Model, shape: str, config: TrainConfig, machine: str) -> di
     side = config.data.resolution or model.size
     area, drawn = side * side / 1e6, model.size**2 / 1e6
     base = f"{machine}, {shape}, {config.model.precision}"
+    base += ", 8 bits" * config.model.base_8bit + ", blocks offloaded" * config.model.block_offload
     rules = [(rule.match, rule.adapter.method) for rule in config.targets.rules]
     layers = json.dumps([config.adapter.method, config.targets.unet, config.targets.text_encoder, rules])
     adapted = f"{base}, {layers}"
     exact = json.dumps([config.adapter.model_dump(), [rule.adapter.model_dump() for rule in config.targets.rules]])
     upkeep = [training.optimizer, training.ema > 0, config.model.clip_skip]
-    way = [training.gradient_checkpointing, training.compile, config.data.shuffle_tags]
+    way = [training.gradient_checkpointing, training.compile, config.data.shuffle_tags, config.embedding.vectors > 0]
     shown = training.batch * training.accumulation * (2 if config.prior.weight else 1)
     return {
         "loading": Piece("loading", base),

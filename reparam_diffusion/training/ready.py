@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import torch
 
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.precision import DTYPES, faster_on_cpu, name_of, pick_device, pick_precision
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import teaches_text, text_is_live
 from reparam_diffusion.training.processes import Processes, join_processes
 
 
 def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]:
     """The base model in a number format ("auto" takes the faster one), and the processes that train it together."""
+    if config.model.block_offload and config.training.compile:
+        raise UserError(
+            "Compiled blocks cannot be offloaded.",
+            do="Switch training.compile or model.block_offload off.",
+            place="training.compile",
+        )
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
     # The first process decides: each would measure for itself, and two may come to different answers.
@@ -25,8 +35,28 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         dtype=dtype,
         vae=config.model.vae,
         prediction_type=config.model.prediction_type,
+        zero_terminal_snr=config.model.zero_terminal_snr,
+        base_8bit=config.model.base_8bit,
+        block_offload=config.model.block_offload,
+        staged=True,
     )
     return model, processes
+
+
+def outline_for(config: TrainConfig, device: torch.device) -> Model:
+    """The run's base model without its numbers, in the format that `load_base` would load it in."""
+    dtype = dtype_of(config.model.path, config.model.precision, device)
+    return outline(config.model.path, dtype=dtype, base_8bit=config.model.base_8bit)
+
+
+def at_work(model: Model, config: TrainConfig) -> AbstractContextManager[None]:
+    """While the body runs, what training computes with is on the device, and nothing else has to be."""
+    return model.using(model.unet, *(model.text_encoders if text_is_live(config) else []))
+
+
+def recomputes(config: TrainConfig) -> bool:
+    """Whether activations are computed again on the way back: as asked, or because offloaded blocks need it."""
+    return config.training.gradient_checkpointing or config.model.block_offload
 
 
 def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
@@ -36,10 +66,22 @@ def dtype_of(path: str, precision: str, device: torch.device) -> torch.dtype:
     return pick_precision(precision, device)
 
 
+def settled(model: Model, config: TrainConfig) -> list[str]:
+    """What the settings of the base model come to here, where that is not what they say."""
+    notes = []
+    if config.model.block_offload and model.device.type != "cuda":
+        notes.append("There is nothing to offload the blocks from: only a CUDA card has memory of its own.")
+    if recomputes(config) and not config.training.gradient_checkpointing:
+        notes.append("Gradient checkpointing is on: block_offload needs it.")
+    if config.model.base_8bit and not any(isinstance(inner, Linear8bit) for inner in model.unet.modules()):
+        notes.append("The model has no linear layers large enough for 8 bits: it stays as it is.")
+    return notes
+
+
 def make_ready(model: Model, config: TrainConfig) -> None:
     """Switch on what the settings ask of the model, after the adapters are attached."""
-    if config.training.gradient_checkpointing:
-        recompute(model, text=trains_text(config))
+    if recomputes(config):
+        recompute(model, text=teaches_text(config))
     if config.training.compile:
         model.unet.compile_repeated_blocks()
 
