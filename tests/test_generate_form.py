@@ -74,14 +74,14 @@ def test_what_a_restored_recipe_shows_is_the_recipe_whatever_was_there(
     held = values_of(tab, form.show_recipe(tab.controls, before, tab.workspace))
     updates = form.show_recipe(tab.controls, recipe, tab.workspace)
     held |= {control: values_of(tab, updates)[control] for control in updates if control in held}
-    assert form.read_recipe(tab.controls, held, seed=int(held[tab.controls.seed])) == recipe
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=int(held[tab.controls.seed])) == recipe
     assert set(updates) <= set(tab.changing())
 
 
 def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: GenerateTab) -> None:
     held = values_of(tab, form.show_uses(tab.controls, [Use(name="teddy"), Use(name="style")], tab.workspace))
     held |= {tab.controls.prompt: "a toy <lora:teddy:0.3:0.1>", tab.controls.rows[0].on: False}
-    recipe = form.read_recipe(tab.controls, held, seed=1)
+    recipe = form.read_recipe(tab.controls, held, tab.workspace, seed=1)
     assert recipe.prompt == "a toy"
     assert recipe.adapters == (Use(name="style"), Use(name="teddy", strength=0.3, te_strength=0.1))
 
@@ -89,7 +89,7 @@ def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: 
 def test_trying_an_adapter_starts_at_its_preferred_strength_with_words_that_call_it(tab: GenerateTab) -> None:
     updates = open_with(tab, ["teddy"])
     held = values_of(tab, updates)
-    assert form.read_recipe(tab.controls, held, seed=0).adapters == (Use(name="teddy", strength=0.7),)
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=0).adapters == (Use(name="teddy", strength=0.7),)
     assert held[tab.controls.prompt] == "a 3d icon of sks toy on a pink background"
     assert open_with(tab, ["teddy"], "my words")[tab.controls.prompt] == "my words"
     assert set(updates) <= set(tab.changing())
@@ -97,7 +97,7 @@ def test_trying_an_adapter_starts_at_its_preferred_strength_with_words_that_call
 
 def test_an_empty_prompt_is_told(tab: GenerateTab) -> None:
     with pytest.raises(UserError, match="prompt is empty"):
-        form.read_recipe(tab.controls, values_of(tab), seed=0)
+        form.read_recipe(tab.controls, values_of(tab), tab.workspace, seed=0)
 
 
 def test_nothing_that_a_person_wrote_becomes_markup(tab: GenerateTab) -> None:
@@ -144,7 +144,7 @@ def test_after_a_reload_the_form_is_as_it_was_asked_for(tab: GenerateTab, monkey
     folder = studio.submit(tab.workspace, studio.Request(recipes=recipes))
     updates = open_drawing(tab, folder.name)
     held = values_of(tab, updates)
-    shown = form.read_recipe(tab.controls, held, seed=5)
+    shown = form.read_recipe(tab.controls, held, tab.workspace, seed=5)
     assert (shown.prompt, shown.adapters, shown.steps, shown.width) == ("a red toy", recipe.adapters, 7, 96)
     assert held[tab.controls.count] == 3 and updates[tab.drawing] == folder.name
     assert ("style", "style") in updates[tab.controls.rows[0].name]["choices"]

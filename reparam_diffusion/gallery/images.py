@@ -76,25 +76,28 @@ def settings_of(file: Path) -> Recipe:
 
 
 # --- pictures to begin from ------------------------------------------------------------------------------------------
+def source_name(picture: Image.Image) -> str:
+    """The path in a workspace of a picture that another is begun from, or of a mask: by its pixels."""
+    sign = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:24]
+    return f"images/{SOURCES}/{sign}.png"
+
+
 def keep_source(picture: Image.Image, workspace: Path) -> str:
-    """Keep a picture that another is begun from, or a mask ("L"); gives its path in the workspace."""
+    """Keep a picture that another is begun from ("RGB"), or a mask ("L"); gives its path in the workspace."""
     if max(picture.size) > _LONGEST:
         picture = picture.copy()
         picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
-    sign = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:24]
-    file = images_of(workspace) / SOURCES / f"{sign}.png"
+    name = source_name(picture)
+    file = workspace / name
     if not file.exists():
         with telling(file), beside(file) as hidden:
             picture.save(hidden, "PNG")
-    return file.relative_to(workspace).as_posix()
+    return name
 
 
 def keep_file(file: Path, workspace: Path, *, is_mask: bool = False) -> str:
-    """As `keep_source` for a file of any kind of picture; a drawn one of this workspace stays where it lies."""
-    workspace, file = workspace.resolve(), file.expanduser().resolve()
-    if file.is_relative_to(images_of(workspace)) and file.suffix == ".png" and not is_mask:
-        return file.relative_to(workspace).as_posix()
-    picture = open_picture(file)
+    """As `keep_source`, for a file of any kind of picture."""
+    picture = open_picture(file.expanduser())
     return keep_source(picture.convert("L") if is_mask else picture, workspace)
 
 

@@ -19,7 +19,7 @@ from reparam_diffusion.models.start import fitting_size
 _MOST_ADAPTERS = 32
 _LONGEST = 20_000  # characters of a text that is looked into
 _NEGATIVE = "Negative prompt:"
-_SOURCE = re.compile(r"images/[\w\-]+/[\w\-.]+\.png")
+_SOURCE = re.compile(r"images/sources/[0-9a-f]{24}\.png")
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 

@@ -8,6 +8,8 @@ hence the few lines here, for any number of latent channels.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +74,22 @@ def _fitted_mask(picture: Image.Image, mask: Image.Image, *, width: int, height:
 
 
 def fitting_size(picture: tuple[int, int], *, side: int, step: int) -> tuple[int, int]:
-    """Width and height in a picture's proportions, with about side² pixels, in multiples of `step`."""
-    ratio = (picture[0] / picture[1]) ** 0.5
-    width, height = (max(step, round(side * share / step) * step) for share in (ratio, 1 / ratio))
-    return width, height
+    """Width and height near a picture's proportions (1:3 at most), with about side² pixels, in multiples of `step`."""
+    root = math.sqrt(min(3.0, max(1 / 3, picture[0] / picture[1])))
+    widths, heights = (_multiples(side * share, step) for share in (root, 1 / root))
+
+    def misfit(size: tuple[int, int]) -> float:
+        """What is cropped counts more than how many pixels there are."""
+        width, height = size
+        return abs(math.log(width / height / root**2)) + abs(math.log(width * height / side**2)) / 4
+
+    return min(itertools.product(widths, heights), key=misfit)
+
+
+def _multiples(value: float, step: int) -> tuple[int, int]:
+    """The multiples of a step below and above a value, at least one step."""
+    below = max(1, int(value / step))
+    return below * step, (below + 1) * step
 
 
 class Starter:
