@@ -74,7 +74,12 @@ def _fitted_mask(picture: Image.Image, mask: Image.Image, *, width: int, height:
 
 
 def fitting_size(picture: tuple[int, int], *, side: int, step: int) -> tuple[int, int]:
-    """Width and height near a picture's proportions (1:3 at most), with about side² pixels, in multiples of `step`."""
+    """The size to draw a picture at: its own where that can be, else near its proportions with about side² pixels.
+
+    In multiples of `step`, and never longer than 1:3.
+    """
+    if all(value % step == 0 for value in picture) and side**2 / 2 <= picture[0] * picture[1] <= 4 * side**2:
+        return picture
     root = math.sqrt(min(3.0, max(1 / 3, picture[0] / picture[1])))
     widths, heights = (_multiples(side * share, step) for share in (root, 1 / root))
 
@@ -126,7 +131,7 @@ def _encode(model: Model, picture: Image.Image) -> Tensor:
     """(1, channels, height, width) latents, the middle of what the VAE sees in the picture."""
     from diffusers.image_processor import VaeImageProcessor
 
-    pixels = VaeImageProcessor().preprocess(picture).to(model.device, model.vae.dtype)
+    pixels = VaeImageProcessor(do_resize=False).preprocess(picture).to(model.device, model.vae.dtype)
     config = model.vae.config
     latents: Tensor = model.vae.encode(pixels).latent_dist.mode()
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -136,5 +141,5 @@ def _cells(mask: Image.Image, latents: Tensor) -> Tensor:
     """(1, 1, height, width): 1 for each cell of the latents that any white reaches, else 0."""
     from diffusers.image_processor import VaeImageProcessor
 
-    white = VaeImageProcessor(do_normalize=False, do_convert_grayscale=True).preprocess(mask)
+    white = VaeImageProcessor(do_resize=False, do_normalize=False, do_convert_grayscale=True).preprocess(mask)
     return F.adaptive_max_pool2d((white > 0).float(), latents.shape[-2:])
