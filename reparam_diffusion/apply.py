@@ -17,6 +17,7 @@ from reparam_diffusion.inject import Injection, Merge, attach, merged
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import OnLook, OnStep, draw
+from reparam_diffusion.models.weighted import notes_on
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -123,6 +124,8 @@ def generate(
         if unmatched:
             warnings.warn(_left_out(path, unmatched), stacklevel=2)
         weighted.append((found, strength))
+    for note in notes_on(model, prompt):
+        warnings.warn(note, stacklevel=2)
     with merged(model.parts, weighted):
         return draw(
             model,

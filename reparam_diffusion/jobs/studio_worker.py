@@ -183,8 +183,8 @@ def _next_pictures(
     is_over: Callable[[], bool],
 ) -> list[tuple[Image, Recipe]]:
     """The next picture, with those after it that differ in nothing but the seed and find room beside it."""
-    from reparam_diffusion.models.encode import is_too_long
     from reparam_diffusion.models.sample import at_once, draw
+    from reparam_diffusion.models.weighted import notes_on
 
     begun = time.time()
     asked = request.recipes[first]
@@ -199,8 +199,8 @@ def _next_pictures(
         [(studio.adapter_file(u.name, kept.workspace), u.strength, u.te_strength) for u in recipe.adapters]
     ):
         log.append(e.Warned(note))
-    if is_too_long(model, recipe.prompt):
-        log.append(e.Warned("The prompt is longer than this model reads; its end has no effect."))
+    for note in notes_on(model, recipe.prompt):
+        log.append(e.Warned(note))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
     looks = studio.looks_of(folder)
 

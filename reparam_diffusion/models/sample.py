@@ -12,12 +12,13 @@ import torch
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.decode import Watcher, decode, look
-from reparam_diffusion.models.encode import Encoded, encode
+from reparam_diffusion.models.encode import Encoded
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.schedulers import make_scheduler
 from reparam_diffusion.models.start import Starter, fitting_size, make_start
+from reparam_diffusion.models.weighted import encode_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +72,7 @@ def draw(
     pictures: list[Image] = []
     room = at_once(model.device, width, height)
     with torch.no_grad():
-        text = encode(model, [prompt, negative], clip_skip=clip_skip)
+        text = encode_prompts(model, [prompt, negative], clip_skip=clip_skip)
         fresh = make_scheduler(model.scheduler, scheduler)
         watcher = None if on_look is None else Watcher(fresh)
         options = {"vae": model.vae, "tokenizers": model.tokenizers, "scheduler": fresh}
