@@ -1,4 +1,4 @@
-"""How a model is loaded when it is only drawn with: in which number format, and with which attention."""
+"""In which number format a model is loaded when it is only drawn with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.precision import faster_on_cpu, pick_precision
 
 _REAL = 300_000_000
-"""Parameters of a UNet from which its number format is worth measuring: SD 1.5 has 860 million, the starter 30."""
+"""Parameters of a UNet from which its number format is worth measuring: SD 1.5 has 860 million, the starter 24."""
 
 
 def drawing_dtype(path: str | Path, precision: str, device: torch.device) -> torch.dtype:

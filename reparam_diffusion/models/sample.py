@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.decode import Watcher, decode, look
@@ -69,8 +69,6 @@ def draw(
         raise UserError("A mask needs the picture that it lies on.", do="Give the picture too.")
     if image is not None:
         start = make_start(image, mask, denoise=denoise, width=width, height=height, steps=steps)
-    pictures: list[Image] = []
-    room = at_once(model.device, width, height)
     with torch.no_grad():
         text = encode_prompts(model, [prompt, negative], clip_skip=clip_skip)
         fresh = make_scheduler(model.scheduler, scheduler)
@@ -84,27 +82,61 @@ def draw(
             begin: dict[str, Any] = {"image": start.picture, "strength": start.denoise}
         else:
             begin = {"width": width, "height": height}
-        rounds = [seeds[start : start + room] for start in range(0, len(seeds), room)]
+        pictures: list[Image] = []
 
-        def early(number: int) -> None:
+        def early() -> None:
             if on_look is not None and watcher is not None and watcher.clean is not None:
-                on_look(number, look(model, watcher.clean))
+                on_look(len(pictures), look(model, watcher.clean))
 
-        for number, chunk in enumerate(rounds):
-            out = pipe(
+        def latents(chunk: Sequence[int]) -> Tensor:
+            return pipe(
                 **_conditioning(text, len(chunk)),
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                callback_on_step_end=_progress(on_step, partial(early, len(pictures)), number, len(rounds), starter),
+                callback_on_step_end=_progress(
+                    on_step, early, starter, before=len(pictures), now=len(chunk), total=len(seeds)
+                ),
                 output_type="latent",
                 **begin,
             ).images
+
+        for out in _sparing(pipe, latents, seeds, room=at_once(model.device, width, height)):
             if getattr(pipe, "was_cancelled", False):
                 return []
             drawn = decode(model, out)
             pictures += drawn if start is None else [start.finish(picture) for picture in drawn]
     return pictures
+
+
+def _sparing(
+    pipe: Any, latents: Callable[[Sequence[int]], Tensor], seeds: Sequence[int], *, room: int
+) -> Iterator[Tensor]:
+    """The latents of `room` seeds at a time; once the memory has run out, of one, with attention in slices.
+
+    Any: diffusers' pipeline. Slices are slower, and change nothing but the rounding.
+    """
+    is_sliced, done = False, 0
+    try:
+        while done < len(seeds):
+            chunk = seeds[done : done + room]
+            try:
+                out = latents(chunk)
+            except torch.OutOfMemoryError:
+                if is_sliced:
+                    raise
+                out = None  # outside the handler nothing holds what was being computed
+            if out is None:
+                is_sliced, room = True, 1
+                pipe.enable_attention_slicing()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            done += len(chunk)
+            yield out
+    finally:
+        if is_sliced:
+            pipe.disable_attention_slicing()
 
 
 def at_once(device: torch.device, width: int, height: int) -> int:
@@ -114,16 +146,17 @@ def at_once(device: torch.device, width: int, height: int) -> int:
 
 
 def _progress(
-    on_step: OnStep | None, early: Callable[[], None], number: int, rounds: int, starter: Starter | None
+    on_step: OnStep | None, early: Callable[[], None], starter: Starter | None, *, before: int, now: int, total: int
 ) -> Callable[..., dict[str, Any]]:
     """What the pipeline calls after each step: tells how far it is, gives early looks, and hears of a cancel.
 
-    Of a picture that it began from, it puts back what is to stay.
+    `now` of `total` pictures are being drawn, after those `before`. What is to stay of a picture that they began from
+    is put back.
     """
 
     def told(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         steps = pipe.num_timesteps  # Heun goes twice through most
-        if on_step is not None and on_step(number * steps + step + 1, rounds * steps):
+        if on_step is not None and on_step(before * steps + now * (step + 1), total * steps):
             pipe._interrupt = True
             pipe.was_cancelled = True
         elif (step + 1) % min(max(2, steps // LOOKS), LOOK_EVERY) == 0 and step + 1 < steps:
