@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import check_commands, file_commands, gallery_commands, model_commands
+from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
 
 if TYPE_CHECKING:
     from reparam_diffusion.events import Event
@@ -108,81 +107,6 @@ def stop(
 
 
 @app.command()
-def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw; <lora:name:0.8> calls an adapter of the gallery.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(help="FILE[:strength[:te_strength]] or a gallery name, repeatable.")
-    ] = None,
-    model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a file or a hub id.')] = "starter",
-    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up.")] = 0,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")
-    ] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, max=100, help="How strictly the prompt is obeyed.")] = None,
-    count: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures.")] = 1,
-    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
-    scheduler: Annotated[str, typer.Option(help='Such as "DDIM" or "Euler a"; the model\'s own by default.')] = "",
-    out: Annotated[Path | None, typer.Option(help="A .png file, or a folder.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
-    workspace: Workspace = Path("workspace"),
-    as_json: Json = False,
-) -> None:
-    """Draw pictures, with any number of adapters at any strength."""
-    from reparam_diffusion.apply import generate as make
-    from reparam_diffusion.gallery import images
-    from reparam_diffusion.gallery.recipe import filled, make_recipe
-    from reparam_diffusion.gallery.shelf import find
-    from reparam_diffusion.models.load import load_model
-    from reparam_diffusion.models.sample import split_tags
-
-    text, tags = split_tags(prompt)
-    chosen = [_adapter_choice(one, workspace) for one in adapter or []]
-    chosen += [(find(tag, workspace), strength, te) for tag, strength, te in tags]
-    if out is not None and out.suffix.lower() not in ("", ".png"):
-        raise UserError(
-            f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
-        )
-    used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
-    base = load_model(model, device=device)
-    values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
-    values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
-    recipe = filled(make_recipe(values), base)
-    with _bar("Drawing", (recipe.steps or 0) * count) as advance:
-        warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
-        pictures = make(
-            base,
-            text,
-            adapters=chosen,
-            negative=recipe.negative,
-            seed=seed,
-            steps=recipe.steps,
-            guidance=recipe.guidance,
-            count=count,
-            width=recipe.width,
-            height=recipe.height,
-            scheduler=scheduler,
-            on_step=advance,
-        )
-    for number, picture in enumerate(pictures):
-        own = recipe.model_copy(update={"seed": seed + number})
-        path = images.save_picture(picture, own, _place(out, workspace, own.seed, number=number, count=count))
-        typer.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
-
-
-def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: int) -> Path:
-    """Where a picture goes: the file named (numbered when there are several), a folder, or the workspace."""
-    from reparam_diffusion.gallery.images import new_name
-
-    if out is None:
-        return new_name(workspace, str(seed))
-    if out.suffix.lower() == ".png":
-        return out if count == 1 else out.with_stem(f"{out.stem}-{number + 1}")
-    return out / f"{seed}.png"
-
-
-@app.command()
 def inspect(
     file: str,
     model: Annotated[str, typer.Option(help="Also try the file on this base model.")] = "",
@@ -233,7 +157,7 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     typer.echo(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
-for commands in (file_commands, gallery_commands, model_commands, check_commands):
+for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands):
     commands.register(app)
 
 
@@ -249,29 +173,6 @@ def _run_folder(run: str, workspace: Path) -> Path:
             return folder
     names = ", ".join(folder.name for folder in known[:5]) or "none yet"
     raise UserError(f'There is no run called "{run}" in {workspace}.', f"The newest are: {names}.")
-
-
-def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
-    """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
-    from reparam_diffusion.gallery.shelf import find
-
-    words = text.split(":")
-    numbers: list[float] = []
-    while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
-        numbers.insert(0, float(words.pop()))
-    name = ":".join(words)
-    path = Path(name) if Path(name).exists() else find(name, workspace)
-    return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
-
-
-def _is_number(text: str) -> bool:
-    from reparam_diffusion.models.sample import finite
-
-    try:
-        finite(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
@@ -316,28 +217,6 @@ def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> NoReturn
     from reparam_diffusion.jobs.console import show
 
     raise typer.Exit(show(events, folder))
-
-
-class _bar:
-    """A progress bar on standard error that a drawing advances."""
-
-    def __init__(self, label: str, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self.progress = Progress(console=Console(stderr=True), transient=True)
-        self.task = self.progress.add_task(label, total=total)
-
-    def __enter__(self) -> Callable[[int, int], bool]:
-        self.progress.start()
-        return self._advance
-
-    def _advance(self, done: int, total: int) -> bool:
-        self.progress.update(self.task, completed=done, total=total)
-        return False
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
 
 
 def main() -> None:

@@ -11,11 +11,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from reparam_diffusion.adapters.base import Adapter
+from reparam_diffusion.data.images import open_picture
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.inject import Injection, Merge, attach, merged
+from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import OnLook, OnStep, draw
+from reparam_diffusion.models.weighted import notes_on
 from reparam_diffusion.models.words import Word, add_words, set_words, spoken, take_words
 
 if TYPE_CHECKING:
@@ -119,13 +122,17 @@ def generate(
     count: int = 1,
     clip_skip: int = 0,
     scheduler: str = "",
+    image: str | Path | Image | None = None,
+    mask: str | Path | Image | None = None,
+    denoise: float = DENOISE,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
 ) -> list[Image]:
     """`count` pictures from seeds seed, seed + 1, …, with the adapters merged in for the time of the drawing.
 
-    Steps, guidance, negative prompt and scheduler default to the model's own. `on_step(done, total)` may return True
-    to cancel; `on_look` is given early looks. Warns of an adapter's keys that do not fit the model.
+    Steps, guidance, negative prompt and scheduler default to the model's own. `image` is a picture (or its file) to
+    begin from, `denoise` how much of it may change (0 to 1), `mask` white where; see `draw`. `on_step(done, total)` may
+    return True to cancel; `on_look` is given early looks. Warns of an adapter's keys that do not fit the model.
     """
     if not prompt.strip():
         raise UserError("The prompt is empty.", do="Say what to draw.")
@@ -139,6 +146,8 @@ def generate(
             warnings.warn(_left_out(path, bound.unmatched), stacklevel=2)
         weighted.append((bound.adapters, strength))
         words += _spoken_at(bound, strength)
+    for note in notes_on(model, prompt):
+        warnings.warn(note, stacklevel=2)
     with spoken(model, words), merged(model.parts, weighted):
         return draw(
             model,
@@ -151,9 +160,17 @@ def generate(
             height=height,
             clip_skip=clip_skip,
             scheduler=scheduler,
+            image=_picture(image),
+            mask=_picture(mask),
+            denoise=denoise,
             on_step=on_step,
             on_look=on_look,
         )
+
+
+def _picture(picture: str | Path | Image | None) -> Image | None:
+    """A picture as it is, or from its file."""
+    return open_picture(picture) if isinstance(picture, str | Path) else picture
 
 
 class Easel:

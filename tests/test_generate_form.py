@@ -21,11 +21,14 @@ from reparam_diffusion.models.schedulers import SCHEDULERS
 from ui import generate_api, generate_view
 from ui import generate_form as form
 from ui.door import guarded
-from ui.generate_acts import GenerateTab, open_drawing, restore
+from ui.generate_acts import GenerateTab, change_picture, open_drawing, restore
 from ui.generate_tab import build_generate_tab, open_with
 
 STRENGTHS = st.integers(-300, 300).map(lambda n: n / 100)
 WORDS = st.text("abcdefgh äß,.", min_size=1, max_size=30).map(lambda text: text.strip(" ,")).filter(bool)
+
+PICTURE, MASK = Image.new("RGB", (60, 40), "teal"), Image.new("L", (60, 40), 255)
+KEPT = [images.source_name(one) for one in (PICTURE, MASK)]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,7 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> GenerateTab:
         file = workspace / f"{name}.safetensors"
         file.write_bytes(name.encode())
         shelf.add(file, workspace, name=name, facts=facts)
+    assert [images.keep_source(one, workspace) for one in (PICTURE, MASK)] == KEPT
     with gr.Blocks(analytics_enabled=False):
         return build_generate_tab(workspace)
 
@@ -45,6 +49,8 @@ def values_of(tab: GenerateTab, updates: form.Updates | None = None) -> dict[Any
     for control, update in (updates or {}).items():
         if control in held:
             held[control] = update.get("value", held[control]) if isinstance(update, dict) else update
+            if isinstance(update, gr.ImageEditor):  # a picture without paint
+                held[control] = None
     return held
 
 
@@ -64,6 +70,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
         width=draw(st.integers(8, 8192)),
         height=draw(st.integers(8, 8192)),
         clip_skip=draw(st.integers(0, 12)),
+        vae=draw(st.sampled_from(["", "better"])),
+        prediction_type=draw(st.sampled_from(["auto", "epsilon", "v_prediction"])),
+        **draw(st.sampled_from([{}, {"image": KEPT[0]}, {"image": KEPT[0], "mask": KEPT[1], "denoise": 0.35}])),
     )
 
 
@@ -74,14 +83,14 @@ def test_what_a_restored_recipe_shows_is_the_recipe_whatever_was_there(
     held = values_of(tab, form.show_recipe(tab.controls, before, tab.workspace))
     updates = form.show_recipe(tab.controls, recipe, tab.workspace)
     held |= {control: values_of(tab, updates)[control] for control in updates if control in held}
-    assert form.read_recipe(tab.controls, held, seed=int(held[tab.controls.seed])) == recipe
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=int(held[tab.controls.seed])) == recipe
     assert set(updates) <= set(tab.changing())
 
 
 def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: GenerateTab) -> None:
     held = values_of(tab, form.show_uses(tab.controls, [Use(name="teddy"), Use(name="style")], tab.workspace))
     held |= {tab.controls.prompt: "a toy <lora:teddy:0.3:0.1>", tab.controls.rows[0].on: False}
-    recipe = form.read_recipe(tab.controls, held, seed=1)
+    recipe = form.read_recipe(tab.controls, held, tab.workspace, seed=1)
     assert recipe.prompt == "a toy"
     assert recipe.adapters == (Use(name="style"), Use(name="teddy", strength=0.3, te_strength=0.1))
 
@@ -89,15 +98,52 @@ def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: 
 def test_trying_an_adapter_starts_at_its_preferred_strength_with_words_that_call_it(tab: GenerateTab) -> None:
     updates = open_with(tab, ["teddy"])
     held = values_of(tab, updates)
-    assert form.read_recipe(tab.controls, held, seed=0).adapters == (Use(name="teddy", strength=0.7),)
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=0).adapters == (Use(name="teddy", strength=0.7),)
     assert held[tab.controls.prompt] == "a 3d icon of sks toy on a pink background"
     assert open_with(tab, ["teddy"], "my words")[tab.controls.prompt] == "my words"
     assert set(updates) <= set(tab.changing())
 
 
+def test_what_is_painted_takes_the_place_of_the_mask_that_was_there(tab: GenerateTab) -> None:
+    start = tab.controls.start
+    recipe = Recipe(prompt="a toy", image=KEPT[0], mask=KEPT[1], denoise=0.5)
+    held = values_of(tab, form.show_recipe(tab.controls, recipe, tab.workspace))
+    paint = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
+    held[start.editor] = {"background": PICTURE, "layers": [paint], "composite": None}
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=0).mask == KEPT[1]  # nothing is painted yet
+    paint.paste((15, 118, 110, 153), (10, 10, 20, 30))
+    read = form.read_recipe(tab.controls, held, tab.workspace, seed=0)
+    assert (read.image, read.denoise) == (KEPT[0], 0.5)
+    _, mask = images.open_sources(read, tab.workspace)
+    assert mask is not None and mask.convert("L").getbbox() == (10, 10, 20, 30)
+    assert not form.read_recipe(tab.controls, held | {start.image: ""}, tab.workspace, seed=0).mask
+
+
+def test_a_dropped_picture_brings_its_size_and_one_that_is_none_is_told(tab: GenerateTab, tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 2000), "red").save(tmp_path / "photo.jpg")
+    updates = change_picture(tab, tmp_path / "photo.jpg", "starter")
+    assert (updates[tab.controls.width], updates[tab.controls.height]) == (160, 96)
+    held = values_of(tab, updates)
+    image, _ = images.open_sources(
+        form.read_recipe(tab.controls, held | {tab.controls.prompt: "x"}, tab.workspace, seed=0), tab.workspace
+    )
+    assert image is not None and image.size == (3000, 2000)
+    (tmp_path / "none.jpg").write_text("no picture")
+    with pytest.raises(UserError, match=r"none\.jpg cannot be used"):
+        change_picture(tab, tmp_path / "none.jpg", "starter")
+
+
+def test_no_file_of_this_machine_is_taken_that_was_not_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "sent"))
+    assert generate_api._sent({"path": str(tmp_path / "sent" / "a.png")}).name == "a.png"
+    for path in (tmp_path / "a.png", tmp_path / "sent" / ".." / "a.png", "/etc/passwd", None):
+        with pytest.raises(UserError, match="no file that was sent"):
+            generate_api._sent({"path": path})
+
+
 def test_an_empty_prompt_is_told(tab: GenerateTab) -> None:
     with pytest.raises(UserError, match="prompt is empty"):
-        form.read_recipe(tab.controls, values_of(tab), seed=0)
+        form.read_recipe(tab.controls, values_of(tab), tab.workspace, seed=0)
 
 
 def test_nothing_that_a_person_wrote_becomes_markup(tab: GenerateTab) -> None:
@@ -154,7 +200,7 @@ def test_after_a_reload_the_form_is_as_it_was_asked_for(tab: GenerateTab, monkey
     folder = studio.submit(tab.workspace, studio.Request(recipes=recipes))
     updates = open_drawing(tab, folder.name)
     held = values_of(tab, updates)
-    shown = form.read_recipe(tab.controls, held, seed=5)
+    shown = form.read_recipe(tab.controls, held, tab.workspace, seed=5)
     assert (shown.prompt, shown.adapters, shown.steps, shown.width) == ("a red toy", recipe.adapters, 7, 96)
     assert held[tab.controls.count] == 3 and updates[tab.drawing] == folder.name
     assert ("style", "style") in updates[tab.controls.rows[0].name]["choices"]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -193,6 +195,53 @@ def test_a_grid_of_two_things_becomes_a_sheet(opened: Open, served: Served) -> N
     sheet = images.history(served.workspace, most=1)[0]
     with Image.open(sheet) as drawn:
         assert sheet.stem.endswith("-grid") and drawn.width > 256
+
+
+def test_a_drawn_picture_is_changed_where_it_is_painted_over_on_a_phone(opened: Open, served: Served) -> None:
+    page = generate_tab(opened(width=390, height=844), steps=3)
+    page.get_by_label("Prompt", exact=True).fill(APPLE)
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Change this picture").click()
+    canvas = page.locator("#start-editor canvas").first
+    expect(canvas).to_be_visible()
+    page.wait_for_timeout(2000)  # the picture fades in
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2 - 20, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 20, box["y"] + box["height"] / 2, steps=6)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+    apple, address = images.history(served.workspace, most=1)[0], page.url
+    page.get_by_label("number input for How much may change").fill("0.9")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    until(lambda: images.history(served.workspace, most=1)[0] != apple, page)
+    car = images.history(served.workspace, most=1)[0]
+    settings = images.settings_of(car)
+    start, mask = images.open_sources(settings, served.workspace)
+    assert start is not None and mask is not None and settings.denoise == 0.9
+    keeps = np.asarray(mask.convert("L")) == 0
+    assert 0.5 < keeps.mean() < 0.999
+    with Image.open(apple) as before, Image.open(car) as after:
+        assert np.array_equal(np.asarray(before)[keeps], np.asarray(after)[keeps])
+        assert before.tobytes() != after.tobytes()
+    until(lambda: page.url != address, page)
+    page.reload()
+    expect(page.get_by_role("img", name="What is drawn anew")).to_be_visible()
+    page.get_by_role("button", name="Start without a picture").click()
+    expect(page.get_by_role("button", name="Start without a picture")).to_be_hidden()
+    page.locator("#drop-start input[type=file]").set_input_files(apple)
+    expect(canvas).to_be_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def until(is_so: Callable[[], bool], page: Page) -> None:
+    """Wait for what the page's server does."""
+    end = time.monotonic() + SLOW / 1000
+    while not is_so():
+        assert time.monotonic() < end
+        page.wait_for_timeout(200)
 
 
 def test_other_programs_draw_through_the_endpoint(served: Served) -> None:

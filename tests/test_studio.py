@@ -9,13 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from filelock import FileLock
-from PIL import Image, ImageChops
-from safetensors.torch import save_file
+from PIL import Image
+from studio_tiny import FAST, asked, finish, lora_file, pixels, recipe, tiny_workspace
 from tiny_pipelines import save_tiny
 
 from reparam_diffusion import apply, inject
@@ -23,16 +22,11 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.apply import Easel, generate
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.gallery import images, shelf
-from reparam_diffusion.gallery.recipe import Recipe, Use
-from reparam_diffusion.jobs import locks, runs, studio, studio_grid, studio_worker
-from reparam_diffusion.models import decode, load, sample
-from reparam_diffusion.models.glance import glance_at
+from reparam_diffusion.gallery import images
+from reparam_diffusion.gallery.recipe import Use
+from reparam_diffusion.jobs import locks, runs, studio, studio_worker
+from reparam_diffusion.models import load, sample
 from reparam_diffusion.models.load import Model, load_model
-from reparam_diffusion.models.schedulers import SCHEDULERS, make_scheduler, own_name
-from reparam_diffusion.models.source import STARTER
-
-FAST = {"steps": 2, "width": 32, "height": 32, "guidance": 3.0}
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +41,7 @@ def model(tiny: Path) -> Model:
 
 @pytest.fixture
 def workspace(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A workspace with the tiny model and two adapters, a device lock of its own, and no process started."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(studio, "wake", lambda workspace, folder=None: None)
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "tiny").symlink_to(tiny)
-    for number, name in enumerate(("teddy", "style")):
-        shelf.add(lora_file(tmp_path / f"{name}.safetensors", seed=number), tmp_path, name=name)
-    return tmp_path
-
-
-def lora_file(file: Path, *, seed: int, width: int = 16) -> Path:
-    """A LoRA for the tiny model that changes what it draws, in the UNet and in the text encoder."""
-    chance = torch.Generator().manual_seed(seed)
-    sites = [
-        "unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q",
-        "te_text_model_encoder_layers_0_self_attn_q_proj",
-    ]
-    tensors = {}
-    for site in sites:
-        tensors[f"lora_{site}.lora_down.weight"] = torch.randn(4, width, generator=chance)
-        tensors[f"lora_{site}.lora_up.weight"] = torch.randn(width, 4, generator=chance)
-    save_file(tensors, file)
-    return file
-
-
-def recipe(**changes: object) -> Recipe:
-    return Recipe.model_validate({"prompt": "a toy", "seed": 1, "model": "tiny", **FAST, **changes})
-
-
-def asked(workspace: Path, *recipes: Recipe, **more: object) -> Path:
-    return studio.submit(workspace, studio.Request(recipes=recipes, device="cpu", **more))  # type: ignore[arg-type]
-
-
-def finish(workspace: Path, **more: object) -> None:
-    """Let a studio in this process draw all there is."""
-    studio_worker.serve(workspace, idle=0.0, **more)  # type: ignore[arg-type]
-
-
-def pixels(file: Path) -> bytes:
-    with Image.open(file) as picture:
-        return picture.tobytes()
+    return tiny_workspace(tmp_path, tiny, monkeypatch)
 
 
 # --- the easel -------------------------------------------------------------------------------------------------------
@@ -190,71 +143,6 @@ def test_merging_anew_is_merging_from_the_untouched_weights(method: str) -> None
         merge.restore()
         with inject.merged({"m": torch.nn.Sequential(layer)}, [({"m.0": adapter}, lambda site: -0.3)]):
             assert torch.equal(again, layer.weight)
-
-
-# --- schedulers and early looks --------------------------------------------------------------------------------------
-def keeper(rounds: list[list[Image.Image]]) -> sample.OnLook:
-    return lambda number, new: rounds.append(new)
-
-
-def difference(one: Image.Image, other: Image.Image) -> float:
-    return float(np.mean(np.asarray(ImageChops.difference(one, other))))
-
-
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_every_scheduler_draws_and_its_early_looks_end_near_the_picture(
-    family: str, prediction: str, tmp_path: Path
-) -> None:
-    model = load_model(save_tiny(tmp_path / "model", family, prediction=prediction), device="cpu")
-    for name in SCHEDULERS:
-        rounds: list[list[Image.Image]] = []
-        options = FAST | {"steps": 8, "guidance": 1.5, "scheduler": name}
-        picture = sample.draw(model, "a toy", seeds=[1], on_look=keeper(rounds), **options)[0]
-        early = [new[0] for new in rounds]
-        assert len(early) >= 3 and picture.getextrema() != ((0, 0),) * 3
-        far = [difference(look.resize(picture.size), picture) for look in early]
-        assert far[-1] <= far[0], name
-
-
-def test_the_expected_latents_of_a_perfect_model_are_the_clean_ones() -> None:
-    """However a scheduler scales its noise: x₀ comes back from x_t and the true ε or v."""
-    model_like = load_model(STARTER, device="cpu").scheduler
-    clean, noise = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
-    for prediction in ("epsilon", "v_prediction"):
-        for name in SCHEDULERS:
-            scheduler = make_scheduler(
-                type(model_like).from_config(model_like.config, prediction_type=prediction), name
-            )
-            scheduler.set_timesteps(10)
-            timestep = scheduler.timesteps[2]
-            bar = scheduler.alphas_cumprod[int(timestep)]
-            noisy = bar.sqrt() * clean + (1 - bar).sqrt() * noise
-            output = noise if prediction == "epsilon" else bar.sqrt() * noise - (1 - bar).sqrt() * clean
-            is_wide = name.startswith(("Euler", "Heun"))  # these keep x = x₀ + σ ε and scale what the UNet sees
-            sigma = ((1 - bar) / bar).sqrt()
-            given = noisy * (1 + sigma**2).sqrt() if is_wide else noisy
-            if is_wide:
-                scheduler.sigmas[2] = sigma
-            found = decode.expected(scheduler, output, timestep, given)
-            torch.testing.assert_close(
-                found, clean, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-def test_a_scheduler_that_cannot_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    model = load_model(save_tiny(tmp_path / "model", "sd1", prediction="v_prediction", zero_snr=True), device="cpu")
-    assert own_name(model.scheduler) == "DDIM"
-    with pytest.raises(UserError, match="zero terminal SNR"):
-        make_scheduler(model.scheduler, "Heun")
-    with pytest.raises(UserError, match="Choose one of DDIM"):
-        make_scheduler(model.scheduler, "Quantum")
-
-
-def test_a_glance_says_what_the_loaded_model_says() -> None:
-    model, seen = load_model(STARTER, device="cpu"), glance_at("starter")
-    assert (seen.size, seen.size_step, seen.habits) == (model.size, model.size_step, model.habits)
-    assert glance_at("someone/unknown").size is None
 
 
 # --- requests --------------------------------------------------------------------------------------------------------
@@ -424,51 +312,6 @@ def test_the_device_is_free_between_two_pictures(workspace: Path, monkeypatch: p
     for _ in range(2):
         assert next(job)
         assert not locks.is_held(locks.device_lock("cpu"))
-
-
-# --- sweeps and grids ------------------------------------------------------------------------------------------------
-def test_a_sweep_changes_one_strength_and_nothing_else() -> None:
-    start = recipe(adapters=(Use(name="teddy"), Use(name="style", strength=0.4)))
-    request = studio_grid.sweep(start)
-    assert request.labels == ("0", "0.25", "0.5", "0.75", "1", "1.25", "1.5")
-    for made, label in zip(request.recipes, request.labels, strict=True):
-        assert made.adapters[0] == Use(name="teddy", strength=float(label))
-        assert made.model_copy(update={"adapters": start.adapters}) == start and made.adapters[1] == start.adapters[1]
-
-
-def test_a_grid_has_a_picture_for_each_pair_and_a_labelled_sheet(workspace: Path) -> None:
-    start = recipe(prompt="a red toy", adapters=(Use(name="teddy"),))
-    checkpoint = workspace / "runs" / "20261124-000000-sks-toy" / "checkpoints" / "000020" / "adapter.safetensors"
-    checkpoint.parent.mkdir(parents=True)
-    lora_file(checkpoint, seed=8)
-    name = checkpoint.relative_to(workspace).as_posix()
-    request = studio_grid.grid(start, across=("prompt", ["red", "blue"]), down=("adapter", ["style", name]))
-    assert (request.rows, request.columns) == (("style", "sks-toy, step 20"), ("red", "blue"))
-    assert [(one.prompt, one.adapters[0].name) for one in request.recipes] == [
-        ("a red toy", "style"), ("a blue toy", "style"), ("a red toy", name), ("a blue toy", name),
-    ]  # fmt: skip
-    folder = studio.submit(workspace, request.model_copy(update={"device": "cpu"}))
-    finish(workspace)
-    state = studio.state_of(folder)
-    assert state.state == "finished" and len({pixels(file) for file in state.pictures.values()}) == 4
-    assert state.sheet is not None and images.settings_of(state.sheet) == images.settings_of(state.pictures[0])
-
-
-@pytest.mark.parametrize(
-    ("across", "down", "words"),
-    [
-        (("seed", ["1"]), ("seed", ["2"]), "both sides|Both sides"),
-        (("seed", []), ("steps", ["2"]), "has no values"),
-        (("seed", ["1.5"]), ("steps", ["2"]), "whole number"),
-        (("guidance", ["nan"]), ("steps", ["2"]), "no value"),
-        (("strength", ["1"]), ("steps", ["2"]), "no adapter"),
-        (("prompt", ["green", "blue"]), ("steps", ["2"]), "not in the prompt"),
-        (("seed", [str(n) for n in range(9)]), ("steps", [str(n) for n in range(1, 9)]), "72 pictures"),
-    ],
-)
-def test_a_grid_that_cannot_be_is_told(across: tuple, down: tuple, words: str) -> None:
-    with pytest.raises(UserError, match=words):
-        studio_grid.grid(recipe(), across=across, down=down)
 
 
 # --- the real process ------------------------------------------------------------------------------------------------

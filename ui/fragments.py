@@ -53,9 +53,14 @@ def thumbnail(file: Path) -> str:
         with Image.open(file) as image:
             image.draft("RGB", (THUMBNAIL * 2, THUMBNAIL * 2))  # a JPEG decodes straight to a small size
             upright = ImageOps.exif_transpose(image)
-            small = ImageOps.fit(upright.convert("RGBA"), (THUMBNAIL, THUMBNAIL))
+            return data_address(upright.convert("RGBA"))
     except (OSError, ValueError, SyntaxError):
         return ""
+
+
+def data_address(picture: Image.Image) -> str:
+    """A small version of an RGB or RGBA picture, cropped square, as a data address."""
+    small = ImageOps.fit(picture.convert("RGBA"), (THUMBNAIL, THUMBNAIL))
     flat = Image.new("RGB", small.size, "white")
     flat.paste(small, mask=small.getchannel("A"))
     packed = io.BytesIO()

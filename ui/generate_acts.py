@@ -16,10 +16,12 @@ from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import studio
 from reparam_diffusion.jobs.overview import Overview
+from reparam_diffusion.models.glance import glance_at
 from ui import generate_form as form
 from ui import generate_view
 from ui.generate_form import AdapterRow, Controls, Updates, Values
 from ui.generate_grid import GridControls
+from ui.generate_start import start_with
 
 OFTEN, SELDOM = 0.5, 3.0  # seconds between two looks while something is drawn, and otherwise
 
@@ -93,7 +95,7 @@ def start_drawing(tab: GenerateTab, values: Values, make: Callable[[Values, Reci
     """Ask the studio for what the controls say."""
     is_new = values[tab.controls.new_seed] or values[tab.controls.seed] is None
     seed = secrets.randbelow(2**32) if is_new else int(values[tab.controls.seed])
-    recipe = form.read_recipe(tab.controls, values, seed=seed)
+    recipe = form.read_recipe(tab.controls, values, tab.workspace, seed=seed)
     folder = studio.submit(tab.workspace, make(values, recipe))
     now = {**values, tab.drawing: folder.name, tab.chosen: ""}
     return {tab.controls.seed: seed, tab.drawing: folder.name, tab.chosen: "", **look(tab, now)}
@@ -117,7 +119,17 @@ def _refilled(tab: GenerateTab, recipe: Recipe) -> Updates:
     if not form.is_model_known(recipe.model, tab.workspace):
         gr.Warning(f"The base model “{escape(recipe.model)}” is not known here; the one that is chosen stays.")
         updates[tab.controls.model] = gr.skip()
+    if recipe.vae and not form.is_vae_known(recipe.vae, tab.workspace):
+        gr.Warning(f"The VAE “{escape(recipe.vae)}” is not known here; the model's own is taken.")
+        updates[tab.controls.vae] = ""
     return updates
+
+
+def change_picture(tab: GenerateTab, file: Path, model: str | None) -> Updates:
+    """A picture to start from, and its size."""
+    seen = glance_at(form.model_path(model or "", tab.workspace))
+    updates, (width, height) = start_with(tab.controls.start, file, seen, tab.workspace)
+    return {**updates, tab.controls.width: width, tab.controls.height: height}
 
 
 def open_drawing(tab: GenerateTab, wanted: str | None) -> Updates:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.data_classes import FileData
+from gradio.utils import get_upload_folder
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import images
 from reparam_diffusion.gallery.recipe import make_recipe
 from reparam_diffusion.jobs import studio
+from reparam_diffusion.models.habits import DENOISE
 from ui import fragments
 from ui.door import guarded
 
@@ -37,15 +40,25 @@ def add_endpoint(workspace: Path) -> None:
         width: int | None = None,
         height: int | None = None,
         model: str = "starter",
+        vae: str = "",
+        prediction_type: str = "auto",
+        image: dict[str, Any] | None = None,  # Any: gradio_client's handle_file
+        mask: dict[str, Any] | None = None,
+        denoise: float = DENOISE,
         ahead: bool = False,
         patience: float = PATIENCE,
     ) -> list[FileData]:
         """Draw pictures from seed, seed + 1, … and give their files; what is left out is the model's own.
 
+        `image` is a picture to start from, `denoise` how much of it may change, `mask` is white where; both are files.
         With `ahead` a run that holds the device is not waited for. After `patience` seconds the request is cancelled.
         """
         values = {"prompt": prompt, "negative": negative, "seed": seed, "steps": steps, "guidance": guidance}
         values |= {"scheduler": scheduler, "width": width, "height": height, "model": model}
+        values |= {"vae": vae, "prediction_type": prediction_type, "denoise": denoise}
+        for name, file in (("image", image), ("mask", mask)):
+            if file is not None:
+                values[name] = images.keep_file(_sent(file), workspace, is_mask=name == "mask")
         recipe = make_recipe({**values, "adapters": [_use(one) for one in adapters or []]})
         if not 1 <= count <= studio.MOST_PICTURES:
             raise UserError(f"{count} pictures cannot be drawn.", do=f"Ask for 1 to {studio.MOST_PICTURES}.")
@@ -66,6 +79,14 @@ def add_endpoint(workspace: Path) -> None:
 def _use(one: Any) -> dict[str, Any]:  # Any: as another program gives them; make_recipe checks
     """An adapter's name alone, or with one or two strengths."""
     return dict(zip(("name", "strength", "te_strength"), one if isinstance(one, list) else [one], strict=False))
+
+
+def _sent(file: Mapping[str, Any]) -> Path:  # Any: as another program gives them
+    """A file that was sent here, and no other of this machine. Raises UserError."""
+    path = Path(str(file.get("path"))).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise UserError("This is no file that was sent.", do="Send it with gradio_client's handle_file.")
+    return path
 
 
 def _awaited(folder: Path, workspace: Path, *, patience: float) -> list[FileData]:

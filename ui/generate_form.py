@@ -16,6 +16,7 @@ from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
 from reparam_diffusion.models.glance import Glance, glance_at
 from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.schedulers import SCHEDULERS
+from ui.generate_start import StartControls, read_start, show_start
 
 MOST_ADAPTERS = 8
 MOST_OFFERED = 500  # adapters in a list of choices; each of them is sent to each page twenty times
@@ -74,19 +75,23 @@ class Controls:
     height: gr.Number
     clip_skip: gr.Number
     model: gr.Dropdown
+    vae: gr.Textbox
+    prediction_type: gr.Dropdown
+    start: StartControls
 
     def plain(self) -> list[gr.components.Component]:
         """The controls outside the adapters' rows."""
-        return [part for part in vars(self).values() if part not in (self.rows, self.add, self.sweep)]
+        return [part for part in vars(self).values() if part not in (self.rows, self.add, self.sweep, self.start)]
 
     def inputs(self) -> set[gr.components.Component]:
         """What handlers read."""
         rows = {part for row in self.rows for part in (row.on, row.name, row.strength, row.linked, row.te)}
-        return {*self.plain(), *rows}
+        return {*self.plain(), *rows, *self.start.inputs()}
 
     def changing(self) -> list[gr.components.Component]:
         """What a restore may change."""
-        return [*self.plain(), self.add, self.sweep, *(part for row in self.rows for part in vars(row).values())]
+        rows = (part for row in self.rows for part in vars(row).values())
+        return [*self.plain(), self.add, self.sweep, *rows, *self.start.changing()]
 
 
 # --- drawing the controls --------------------------------------------------------------------------------------------
@@ -136,6 +141,8 @@ def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
     }
     with gr.Row(elem_classes="twos"):
         controls |= {
+            "vae": gr.Textbox("", label="VAE", info="A folder or a .safetensors file; empty takes the model's own."),
+            "prediction_type": gr.Dropdown(PREDICTIONS, value="auto", label="What the model predicts"),
             "count": gr.Slider(1, 8, value=1, step=1, label="Pictures"),
             "scheduler": gr.Dropdown(names, value="", label="Scheduler"),
             "new_seed": gr.Checkbox(True, label="A new seed each time", info="Off: the same seed, the same picture."),
@@ -147,6 +154,9 @@ def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
             "clip_skip": gr.Number(0, precision=0, minimum=0, label="Clip skip", info="Last text layers left out."),
         }
     return controls
+
+
+PREDICTIONS = [("What its files say", "auto"), ("Noise (epsilon)", "epsilon"), ("v", "v_prediction")]
 
 
 def _side(label: str, seen: Glance) -> gr.Number:
@@ -175,6 +185,12 @@ def is_model_known(model: str, workspace: Path) -> bool:
     return "/" in model or "\\" in model or model in {value for _, value in model_choices(workspace)}
 
 
+def is_vae_known(vae: str, workspace: Path) -> bool:
+    """Whether a VAE lies in the workspace's models, or where its path says."""
+    places = (workspace / "models" / vae, workspace / "models" / f"{vae}.safetensors", Path(vae).expanduser())
+    return any(place.exists() for place in places)
+
+
 def model_path(model: str, workspace: Path) -> str | Path:
     """Where a model's small files may lie."""
     own = workspace / "models" / model
@@ -182,7 +198,7 @@ def model_path(model: str, workspace: Path) -> str | Path:
 
 
 # --- values -> recipe ------------------------------------------------------------------------------------------------
-def read_recipe(controls: Controls, values: Values, *, seed: int) -> Recipe:
+def read_recipe(controls: Controls, values: Values, workspace: Path, *, seed: int) -> Recipe:
     """The recipe that the controls say, with this seed. Raises UserError for a mistake in them."""
     adapters = [
         {
@@ -193,10 +209,11 @@ def read_recipe(controls: Controls, values: Values, *, seed: int) -> Recipe:
         for row in controls.rows
         if values[row.name] and values[row.on]
     ]
-    names = ("prompt", "negative", "steps", "guidance", "width", "height", "model")
+    names = ("prompt", "negative", "steps", "guidance", "width", "height", "model", "prediction_type")
     return make_recipe(
         {name: values[getattr(controls, name)] for name in names}
         | {"scheduler": values[controls.scheduler] or "", "clip_skip": values[controls.clip_skip] or 0}
+        | {"vae": (values[controls.vae] or "").strip(), **read_start(controls.start, values, workspace)}
         | {"adapters": adapters, "seed": seed}
     )
 
@@ -218,8 +235,10 @@ def show_recipe(controls: Controls, recipe: Recipe, workspace: Path) -> Updates:
         controls.height: recipe.height or seen.size,
         controls.clip_skip: recipe.clip_skip,
         controls.model: recipe.model,
+        controls.vae: recipe.vae,
+        controls.prediction_type: recipe.prediction_type,
     }
-    return updates | show_uses(controls, recipe.adapters, workspace)
+    return updates | show_uses(controls, recipe.adapters, workspace) | show_start(controls.start, recipe, workspace)
 
 
 def show_uses(controls: Controls, uses: Sequence[Use], workspace: Path) -> Updates:

@@ -23,6 +23,7 @@ from ui.door import QUIET, guarded
 from ui.generate_acts import (
     SELDOM,
     GenerateTab,
+    change_picture,
     chosen_adapter,
     holder_of,
     keep_preferred,
@@ -35,6 +36,7 @@ from ui.generate_acts import (
 )
 from ui.generate_api import add_endpoint
 from ui.generate_form import AdapterRow, Controls, Updates, Values
+from ui.generate_start import draw_start
 
 __all__ = ["GenerateTab", "build_generate_tab", "open_with"]
 
@@ -59,6 +61,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 with gr.Row():
                     draw = gr.Button("Draw", variant="primary", size="lg", elem_id="draw", scale=3, min_width=140)
                     cancel = gr.Button("Cancel", visible=False, size="lg", elem_id="cancel-drawing", min_width=80)
+            start = draw_start(workspace)
             with gr.Accordion("More settings", open=False, elem_classes="fold", elem_id="more-settings"):
                 more = form.draw_more(workspace)
             with gr.Accordion("Compare in a grid", open=False, elem_classes="fold", elem_id="compare"):
@@ -86,7 +89,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 )
                 about = "Press one, or drop a picture here, to use its settings again."
                 gr.HTML(f'<p class="quiet">{about}</p>', padding=False)
-    controls = Controls(prompt=prompt, rows=rows, add=add, sweep=sweep, **more)
+    controls = Controls(prompt=prompt, rows=rows, add=add, sweep=sweep, start=start, **more)
     tab = GenerateTab(
         workspace, Overview(workspace), studio.Reader(), controls, grid, draw, cancel, title, progress,
         offers, ahead, pause, figures, keep, history, dropped, gr.Textbox(visible="hidden", elem_id="drawing-name"),
@@ -95,6 +98,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
     _connect_adapters(tab)
     _connect_drawing(tab)
     _connect_restoring(tab)
+    _connect_start(tab)
     generate_grid.connect(tab.grid, workspace)
     add_endpoint(workspace)
     return tab
@@ -213,6 +217,9 @@ def _connect_restoring(tab: GenerateTab) -> None:
 
     def choose(values: Values, event: gr.EventData) -> Updates:
         label = str(event.pick)
+        if label.startswith(generate_view.CHANGE):
+            file = picked(label.removeprefix(generate_view.CHANGE))
+            return change_picture(tab, file, values[tab.controls.model])
         strength = next((one for one in studio_grid.SWEEP if f"{one:g}" == label), None)
         request = request_shown(tab, values)
         if strength is None or request is None:
@@ -228,16 +235,21 @@ def _connect_restoring(tab: GenerateTab) -> None:
         gr.Info(f"{escape(studio_grid.short_name(request.about))} now starts at strength {values[tab.chosen]}.")
         return {tab.keep: gr.update(visible=False)}
 
-    seen = {tab.drawing, tab.chosen, tab.shown}
+    seen, model = {tab.drawing, tab.chosen, tab.shown}, tab.controls.model
     names, sliders = {row.name for row in rows}, [row.strength for row in rows]
-    tab.figures.click(guarded(choose, workspace), seen | names, [tab.chosen, *sliders, *tab.looked_at()], **QUIET)
+    outputs = [tab.chosen, *sliders, *tab.looked_at(), *tab.controls.start.changing()]
+    outputs += [tab.controls.width, tab.controls.height]
+    tab.figures.click(guarded(choose, workspace), {*seen, *names, model}, outputs, **QUIET)
     tab.keep.click(guarded(keep, workspace), seen, tab.keep, **QUIET)
 
-    def again(event: gr.EventData) -> Updates:
-        file = generate_view.picked_picture(workspace, str(event.pick))
+    def picked(name: str) -> Path:
+        file = generate_view.picked_picture(workspace, name)
         if file is None:
             raise UserError("This picture is gone.", "It was deleted or moved.", "Choose another one.")
-        return restore(tab, file)
+        return file
+
+    def again(event: gr.EventData) -> Updates:
+        return restore(tab, picked(str(event.pick)))
 
     def take(file: str | None) -> Updates:
         return {tab.dropped: None, **(restore(tab, Path(file)) if file else {})}
@@ -245,3 +257,14 @@ def _connect_restoring(tab: GenerateTab) -> None:
     outputs = [tab.dropped, *tab.controls.changing()]
     tab.history.click(guarded(again, workspace), None, outputs, **QUIET)
     tab.dropped.upload(guarded(take, workspace), tab.dropped, outputs, **QUIET)
+
+
+def _connect_start(tab: GenerateTab) -> None:
+    """A picture that is dropped to be started from brings its size."""
+    start, controls = tab.controls.start, tab.controls
+
+    def took(file: str | None, model: str | None) -> Updates:
+        return change_picture(tab, Path(file), model) if file else {start.dropped: gr.skip()}
+
+    outputs = [*start.changing(), controls.width, controls.height]
+    start.dropped.upload(guarded(took, tab.workspace), [start.dropped, controls.model], outputs, **QUIET)

@@ -17,8 +17,11 @@ NO_HISTORY = '<p class="quiet">No pictures yet.</p>'
 PICK = """element.addEventListener("click", (event) => {
   const button = event.target.closest("[data-pick]");
   if (button) trigger("click", {pick: button.dataset.pick});
+  if (button?.classList.contains("change")) document.querySelector("#start-picture").scrollIntoView({block: "center"});
 });"""
-"""A press on any button with data-pick is told to the page."""
+"""A press on any button with data-pick is told to the page; one that changes another part shows that part."""
+CHANGE = "change:"
+"""How data-pick begins on a button that takes a picture to start from."""
 MOST_HISTORY = 24
 
 STATES = {
@@ -115,7 +118,14 @@ def _figure(request: Request, state: RequestState, number: int, chosen: str) -> 
         caption = f'<span class="pick">{escape(label)}</span>'
     elif request.kind == "pictures":
         caption = f"seed {recipe.seed}"
+        caption += "" if picture is None else _change_button(picture)
     return f"<figure>{shown}" + (f"<figcaption>{caption}</figcaption></figure>" if caption else "</figure>")
+
+
+def _change_button(picture: Path) -> str:
+    """Starts from this picture."""
+    name = f"{picture.parent.name}/{picture.name}"
+    return f'<button type="button" class="change" data-pick="{CHANGE}{escape(name)}">Change this picture</button>'
 
 
 def _early_link(file: Path) -> str:

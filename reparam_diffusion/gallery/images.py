@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import os
 from datetime import datetime
@@ -11,12 +12,16 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 
+from reparam_diffusion.data.images import open_picture
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import beside
+from reparam_diffusion.files import beside, telling
 from reparam_diffusion.gallery.recipe import Recipe, from_text, to_text, told_of
 
 TEXT, EXACT = "parameters", "reparam"
 """PNG text chunks: A1111's, which other programs read too, and ours, which loses nothing."""
+SOURCES = "sources"
+"""The folder beside the days' where pictures lie that others were begun from, and masks; each by its pixels' hash."""
+_LONGEST = 4096  # pixels of a side that are kept
 
 
 def images_of(workspace: Path) -> Path:
@@ -39,7 +44,8 @@ def save_picture(picture: Image.Image, recipe: Recipe, file: Path) -> Path:
     """Write a picture with its recipe, every value of it filled in."""
     note = PngInfo()
     note.add_text(TEXT, to_text(recipe))
-    note.add_itxt(EXACT, recipe.model_copy(update={"model": told_of(recipe.model)}).model_dump_json())
+    told = {"model": told_of(recipe.model), "vae": told_of(recipe.vae)}
+    note.add_itxt(EXACT, recipe.model_copy(update=told).model_dump_json())
     try:
         with beside(file) as hidden:
             picture.save(hidden, "PNG", pnginfo=note)
@@ -69,11 +75,54 @@ def settings_of(file: Path) -> Recipe:
     return from_text(chunks[TEXT])
 
 
+# --- pictures to begin from ------------------------------------------------------------------------------------------
+def source_name(picture: Image.Image) -> str:
+    """The path in a workspace of a picture that another is begun from, or of a mask: by its pixels."""
+    sign = hashlib.sha256(f"{picture.mode} {picture.size}".encode() + picture.tobytes()).hexdigest()[:24]
+    return f"images/{SOURCES}/{sign}.png"
+
+
+def keep_source(picture: Image.Image, workspace: Path) -> str:
+    """Keep a picture that another is begun from ("RGB"), or a mask ("L"); gives its path in the workspace."""
+    if max(picture.size) > _LONGEST:
+        picture = picture.copy()
+        picture.thumbnail((_LONGEST, _LONGEST), Image.Resampling.LANCZOS)
+    name = source_name(picture)
+    file = workspace / name
+    if not file.exists():
+        with telling(file), beside(file) as hidden:
+            picture.save(hidden, "PNG")
+    return name
+
+
+def keep_file(file: Path, workspace: Path, *, is_mask: bool = False) -> str:
+    """As `keep_source`, for a file of any kind of picture."""
+    picture = open_picture(file.expanduser())
+    return keep_source(picture.convert("L") if is_mask else picture, workspace)
+
+
+def source_of(name: str, workspace: Path) -> Path:
+    """The file of a picture to begin from, or of a mask. Raises UserError when it is gone."""
+    file = (workspace / name).resolve()
+    if not file.is_relative_to(images_of(workspace.resolve())) or not file.is_file():
+        raise UserError(
+            "The picture to start from is not there.", f"{name} was deleted or moved.", "Choose it again, or clear it."
+        )
+    return file
+
+
+def open_sources(recipe: Recipe, workspace: Path) -> tuple[Image.Image | None, Image.Image | None]:
+    """The picture that a recipe begins from, and its mask. Raises UserError when one is gone or cannot be read."""
+    picture, mask = (open_picture(source_of(name, workspace)) if name else None for name in (recipe.image, recipe.mask))
+    return picture, mask
+
+
 def history(workspace: Path, *, most: int) -> list[Path]:
     """The last pictures, the newest first."""
     folder = images_of(workspace)
     found: list[Path] = []
-    for day in sorted((day for day in folder.iterdir() if day.is_dir()), reverse=True) if folder.is_dir() else ():
+    days = (day for day in folder.iterdir() if day.is_dir() and day.name != SOURCES) if folder.is_dir() else ()
+    for day in sorted(days, reverse=True):
         names = (name for name in os.listdir(day) if name.endswith(".png") and not name.startswith("."))
         found += [day / name for name in heapq.nlargest(most - len(found), names)]
         if len(found) == most:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import split_tags
 from reparam_diffusion.models.schedulers import SCHEDULERS, own_name
+from reparam_diffusion.models.start import fitting_size
 
 _MOST_ADAPTERS = 32
 _LONGEST = 20_000  # characters of a text that is looked into
 _NEGATIVE = "Negative prompt:"
+_SOURCE = re.compile(r"images/sources/[0-9a-f]{24}\.png")
 _PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
@@ -40,7 +43,10 @@ class Use(_Frozen):
 
 
 class Recipe(_Frozen):
-    """What one picture is drawn from. None, "" (scheduler) and no size stand for the model's own."""
+    """What one picture is drawn from. None, "" and no size stand for the model's own.
+
+    `image` and `mask` are pictures of the workspace by their path in it; `denoise` says how much of them may change.
+    """
 
     prompt: str = Field(min_length=1, max_length=_LONGEST)
     negative: str | None = Field(None, max_length=_LONGEST)
@@ -53,6 +59,24 @@ class Recipe(_Frozen):
     height: int | None = Field(None, ge=8, le=8192)
     clip_skip: int = Field(0, ge=0, le=20)
     model: str = Field("starter", min_length=1, max_length=1000)
+    vae: str = Field("", max_length=1000)
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    image: str = Field("", max_length=200)
+    mask: str = Field("", max_length=200)
+    denoise: float = Field(DENOISE, gt=0, le=1)
+
+    @field_validator("image", "mask")
+    @classmethod
+    def _lies_in_the_workspace(cls, path: str) -> str:
+        if path and not _SOURCE.fullmatch(path):
+            raise ValueError("it is no picture of this workspace")
+        return path
+
+    @model_validator(mode="after")
+    def _mask_has_its_picture(self) -> Recipe:
+        if self.mask and not self.image:
+            raise ValueError("a mask needs the picture that it lies on")
+        return self
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -70,20 +94,26 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         first = error.errors()[0]
         place = ".".join(str(word) for word in first["loc"]).replace("_", " ")
         message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{place}: {message[0].lower()}{message[1:]}.") from None
+        words = f"{message[0].lower()}{message[1:]}." if place else f"{message[0].upper()}{message[1:]}."
+        raise UserError(f"{place}: {words}" if place else words) from None
 
 
-def filled(recipe: Recipe, model: Model) -> Recipe:
-    """The recipe with the model's own values where it left them open, so that it says all by itself."""
+def filled(recipe: Recipe, model: Model, picture: tuple[int, int] | None = None) -> Recipe:
+    """The recipe with the model's own values where it left them open, so that it says all by itself.
+
+    `picture` is the size of the one that it begins from.
+    """
     habits = model.habits
+    side = model.size
+    width, height = fitting_size(picture, side=side, step=model.size_step) if picture else (side, side)
     return recipe.model_copy(
         update={
             "negative": habits.negative if recipe.negative is None else recipe.negative,
             "steps": recipe.steps or habits.steps,
             "guidance": habits.guidance if recipe.guidance is None else recipe.guidance,
             "scheduler": recipe.scheduler or own_name(model.scheduler),
-            "width": recipe.width or model.size,
-            "height": recipe.height or model.size,
+            "width": recipe.width or width,
+            "height": recipe.height or height,
         }
     )
 
@@ -107,6 +137,11 @@ def to_text(recipe: Recipe) -> str:
         "Size": f"{recipe.width}x{recipe.height}",
         "Clip skip": recipe.clip_skip + 1 if recipe.clip_skip else None,
         "Model": told_of(recipe.model).replace(",", " "),
+        "VAE": told_of(recipe.vae).replace(",", " ") or None,
+        "Prediction type": None if recipe.prediction_type == "auto" else recipe.prediction_type,
+        "Denoising strength": f"{recipe.denoise:g}" if recipe.image else None,
+        "Start image": recipe.image or None,
+        "Mask": recipe.mask or None,
     }
     lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items() if value is not None))
     return "\n".join(lines)
@@ -144,4 +179,11 @@ def from_text(text: str) -> Recipe:
     }
     if pairs.get("Model"):
         values["model"] = pairs["Model"]
+    if pairs.get("VAE") not in (None, "", "Automatic", "None"):
+        values["vae"] = pairs["VAE"]
+    if pairs.get("Prediction type") in ("epsilon", "v_prediction"):
+        values["prediction_type"] = pairs["Prediction type"]
+    if _SOURCE.fullmatch(pairs.get("Start image", "")):  # other programs begin from pictures that are not here
+        values |= {"image": pairs["Start image"], "denoise": pairs.get("Denoising strength", DENOISE)}
+        values["mask"] = pairs["Mask"] if _SOURCE.fullmatch(pairs.get("Mask", "")) else ""
     return make_recipe(values)

@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from reparam_diffusion import events as e
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import new_folder, write_whole
-from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import locks, runs, worker
 
@@ -108,10 +108,12 @@ def studio_lock(workspace: Path) -> Path:
 def submit(workspace: Path, request: Request) -> Path:
     """Ask for pictures; gives the request's folder. The studio is started if there is none.
 
-    Raises UserError for an adapter that is not there.
+    Raises UserError for an adapter that is not there, or a picture to begin from.
     """
     for name in {use.name for recipe in request.recipes for use in recipe.adapters}:
         adapter_file(name, workspace)
+    for name in {name for recipe in request.recipes for name in (recipe.image, recipe.mask) if name}:
+        images.source_of(name, workspace)
     folder = new_folder(studio_of(workspace) / "requests", f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     write_whole(folder / "request.json", request.model_dump_json())
     (folder / "todo").touch()  # from here on it counts

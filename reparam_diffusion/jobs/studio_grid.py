@@ -76,6 +76,12 @@ def _steps(recipe: Recipe, value: str, first: str) -> Recipe:
     return recipe.model_copy(update={"steps": int(_number(value, low=1, high=1000, whole=True))})
 
 
+def _denoise(recipe: Recipe, value: str, first: str) -> Recipe:
+    if not recipe.image:
+        raise UserError("There is no picture to start from.", do="Choose one first.")
+    return recipe.model_copy(update={"denoise": _number(value, low=0.01, high=1)})
+
+
 def _prompt(recipe: Recipe, value: str, first: str) -> Recipe:
     """The first value is what stands in the prompt; each value takes its place."""
     if first not in recipe.prompt:
@@ -89,6 +95,7 @@ AXES = {
     "seed": Axis("Seed", "Whole numbers.", ("1", "2", "3"), _seed),
     "guidance": Axis("Guidance", "How strictly the prompt is obeyed.", ("2", "4", "7"), _guidance),
     "steps": Axis("Steps", "Sampling steps.", ("10", "25"), _steps),
+    "denoise": Axis("Change", "How much of the picture to start from may change.", ("0.3", "0.6", "0.9"), _denoise),
     "prompt": Axis("Prompt part", "First words of the prompt, then what takes their place.", (), _prompt),
 }
 """By the word that requests and the page use."""

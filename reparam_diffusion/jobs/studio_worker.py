@@ -34,6 +34,21 @@ LOOK_AGAIN = 0.1  # seconds between two looks for requests
 GIVE_WAY = 1.5  # seconds in which a waiting run can take the device
 
 
+@dataclass(frozen=True)
+class Base:
+    """A base model as a request asks for it: its name or path, what it is to use otherwise, and where."""
+
+    model: str = ""
+    vae: str = ""
+    prediction_type: str = "auto"
+    device: str = "auto"
+
+
+def base_of(recipe: Recipe, device: str) -> Base:
+    """The base model of a recipe."""
+    return Base(recipe.model, recipe.vae, recipe.prediction_type, device)
+
+
 class Studio:
     """What stays warm: one base model on an easel. `stop` says whether the process was asked to end."""
 
@@ -42,21 +57,30 @@ class Studio:
         self.stop = stop
         self.overview = Overview(workspace)
         self._easel: Easel | None = None
-        self._model = ("", "")
+        self._base = Base()
 
-    def has(self, model: str, device: str) -> bool:
+    def has(self, base: Base) -> bool:
         """Whether this base model is loaded."""
-        return self._easel is not None and self._model == (model, device)
+        return self._easel is not None and self._base == base
 
-    def easel(self, model: str, device: str) -> Easel:
-        """The easel with this base model; another model takes the place of the one before."""
-        if self._easel is None or not self.has(model, device):
+    def easel(self, base: Base) -> Easel:
+        """The easel with this base model; another one takes the place of the one before."""
+        if self._easel is None or not self.has(base):
             self.forget()
             from reparam_diffusion.apply import Easel
+            from reparam_diffusion.models.drawing import drawing_dtype
             from reparam_diffusion.models.load import load_model
+            from reparam_diffusion.models.precision import pick_device
 
-            self._easel = Easel(load_model(_model_path(model, self.workspace), device=device))
-            self._model = (model, device)
+            path, device = _model_path(base.model, self.workspace), pick_device(base.device)
+            model = load_model(
+                path,
+                device=device,
+                dtype=drawing_dtype(path, "auto", device),
+                vae=_model_path(base.vae, self.workspace) if base.vae else "",
+                prediction_type=base.prediction_type,
+            )
+            self._easel, self._base = Easel(model), base
         return self._easel
 
     def forget(self) -> None:
@@ -159,22 +183,24 @@ def _next_pictures(
     is_over: Callable[[], bool],
 ) -> list[tuple[Image, Recipe]]:
     """The next picture, with those after it that differ in nothing but the seed and find room beside it."""
-    from reparam_diffusion.models.encode import is_too_long
     from reparam_diffusion.models.sample import at_once, draw
+    from reparam_diffusion.models.weighted import notes_on
 
     begun = time.time()
     asked = request.recipes[first]
-    if not kept.has(asked.model, request.device):
+    base = base_of(asked, request.device)
+    if not kept.has(base):
         log.append(e.Prepared("loading the model", 0, 0))
-    easel = kept.easel(asked.model, request.device)
+    easel = kept.easel(base)
     model = easel.model
-    recipe = filled(asked, model)
+    image, mask = images.open_sources(asked, kept.workspace)
+    recipe = filled(asked, model, None if image is None else image.size)
     for note in easel.put(
         [(studio.adapter_file(u.name, kept.workspace), u.strength, u.te_strength) for u in recipe.adapters]
     ):
         log.append(e.Warned(note))
-    if is_too_long(model, recipe.prompt):
-        log.append(e.Warned("The prompt is longer than this model reads; its end has no effect."))
+    for note in notes_on(model, recipe.prompt):
+        log.append(e.Warned(note))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
     looks = studio.looks_of(folder)
 
@@ -199,6 +225,9 @@ def _next_pictures(
         height=recipe.height,
         clip_skip=recipe.clip_skip,
         scheduler=asked.scheduler,
+        image=image,
+        mask=mask,
+        denoise=recipe.denoise,
         on_step=on_step,
         on_look=on_look,
     )
@@ -259,7 +288,7 @@ class _Job:
     """A request that is being drawn, the base model it needs, and whether it waits for the device."""
 
     folder: Path
-    model: str
+    base: Base
     steps: Iterator[bool]
     waits: bool = False
 
@@ -272,9 +301,9 @@ def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str
     while not stop():
         known = {job.folder for job in jobs}
         jobs += [_new_job(folder, kept) for folder in studio.todo(workspace) if folder not in known]
-        leader = next((job.model for job in jobs if not job.waits), "")
+        leader = next((job.base for job in jobs if not job.waits), None)
         got_on = False
-        for job in [job for job in jobs if job.waits or job.model == leader]:
+        for job in [job for job in jobs if job.waits or job.base == leader]:
             went = next(job.steps, None)
             job.waits = went is False
             if went is None:
@@ -296,10 +325,11 @@ def _serve(workspace: Path, kept: Studio, *, idle: float, stop: Callable[[], str
 
 def _new_job(folder: Path, kept: Studio) -> _Job:
     try:
-        model = studio.read_request(folder).recipes[0].model
+        request = studio.read_request(folder)
+        base = base_of(request.recipes[0], request.device)
     except UserError:  # drawing it will tell
-        model = ""
-    return _Job(folder, model, draw_request(folder, kept))
+        base = Base()
+    return _Job(folder, base, draw_request(folder, kept))
 
 
 def _give_up_lost(workspace: Path) -> None:

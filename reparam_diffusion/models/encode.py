@@ -31,15 +31,31 @@ def encode(model: Model, captions: Sequence[str], *, clip_skip: int = 0) -> Enco
 
     SD 1.x and 2.x read the last layer after the final norm; SDXL reads the last but one of both encoders, no norm.
     """
-    with model.using(*model.text_encoders):
-        if model.family != "sdxl":
-            return Encoded(_hidden_normed(model, captions, clip_skip), None)
-        states, pooled = [], None
-        for tokenizer, encoder in zip(model.tokenizers, model.text_encoders, strict=True):
-            out = encoder(_tokens(tokenizer, captions, model.device), output_hidden_states=True)
-            states.append(out.hidden_states[-(clip_skip + 2)])
-            pooled = out[0]  # the last encoder's projection
-        return Encoded(torch.cat(states, dim=-1), pooled)
+    states, pooled = [], None
+    for number, tokenizer in enumerate(model.tokenizers):
+        ids = _tokens(tokenizer, captions, model.device)
+        hidden, pooled = read_tokens(model, number, ids, clip_skip=clip_skip)  # the last encoder's pooled output counts
+        states.append(hidden)
+    return Encoded(states[0] if len(states) == 1 else torch.cat(states, dim=-1), pooled)
+
+
+def read_tokens(
+    model: Model, number: int, ids: Tensor, *, clip_skip: int = 0, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """What the UNet reads of tokens (captions, tokens) from one of the text encoders, and for SDXL the pooled output.
+
+    `mask` is 0 for tokens that are to be ignored.
+    """
+    encoder = model.text_encoders[number]
+    with model.using(encoder):
+        if model.family == "sdxl":
+            out = encoder(ids, attention_mask=mask, output_hidden_states=True)
+            return out.hidden_states[-(clip_skip + 2)], out[0]
+        if not clip_skip:
+            return encoder(ids, attention_mask=mask)[0], None
+        out = encoder(ids, attention_mask=mask, output_hidden_states=True)
+        inner = getattr(encoder, "text_model", encoder)  # transformers 5.6 made CLIPTextModel flat
+        return inner.final_layer_norm(out.hidden_states[-(clip_skip + 1)]), None
 
 
 def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Tensor:
@@ -47,16 +63,6 @@ def _tokens(tokenizer: Any, captions: Sequence[str], device: torch.device) -> Te
     length = tokenizer.model_max_length
     ids = tokenizer(list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return ids.input_ids.to(device)
-
-
-def _hidden_normed(model: Model, captions: Sequence[str], clip_skip: int) -> Tensor:
-    encoder = model.text_encoders[0]
-    ids = _tokens(model.tokenizers[0], captions, model.device)
-    if not clip_skip:
-        return encoder(ids)[0]
-    out = encoder(ids, output_hidden_states=True)
-    inner = getattr(encoder, "text_model", encoder)  # transformers 5.6 made CLIPTextModel flat
-    return inner.final_layer_norm(out.hidden_states[-(clip_skip + 1)])
 
 
 def last_layers(model: Model, *, clip_skip: int) -> dict[str, int]:
@@ -85,5 +91,5 @@ def time_ids(model: Model, *, original: tuple[int, int], corner: tuple[int, int]
 
 def is_too_long(model: Model, caption: str) -> bool:
     """Whether the caption has more tokens than the model reads."""
-    lengths = [(len(t(caption, verbose=False).input_ids), t.model_max_length) for t in model.tokenizers]
+    lengths = [(len(t([caption], verbose=False).input_ids[0]), t.model_max_length) for t in model.tokenizers]
     return any(length > most for length, most in lengths)

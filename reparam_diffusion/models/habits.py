@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reparam_diffusion.errors import UserError
 
+DENOISE = 0.6
+"""How much of a picture to begin from may change where nobody says: the share of noise that is put on it."""
+
 
 class Habits(BaseModel):
     """Templates know {trigger}, {class}, {a class} (with its article) and {background}."""

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.decode import Watcher, decode, look
-from reparam_diffusion.models.encode import Encoded, encode
+from reparam_diffusion.models.encode import Encoded
+from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.schedulers import make_scheduler
+from reparam_diffusion.models.start import Starter, fitting_size, make_start
+from reparam_diffusion.models.weighted import encode_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,53 +46,101 @@ def draw(
     height: int | None = None,
     clip_skip: int = 0,
     scheduler: str = "",
+    image: Image | None = None,
+    mask: Image | None = None,
+    denoise: float = DENOISE,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
 ) -> list[Image]:
     """One picture a seed, from the model as it stands (attached or merged adapters count).
 
-    `scheduler` is one of SCHEDULERS, "" the model's own. `on_step(done, total)` is told of progress; when it returns
-    True the drawing ends early with no pictures.
+    `scheduler` is one of SCHEDULERS, "" the model's own. With `image` drawing begins from it, scaled to cover the size
+    and cropped around its middle; no size is then the one nearest to its proportions. `denoise` (0 to 1) is how much
+    may change, `mask` is white where; elsewhere the image's pixels stay as they are. `on_step(done, total)` is told of
+    progress; when it returns True the drawing ends early with no pictures.
     """
     steps = model.habits.steps if steps is None else steps
     guidance = model.habits.guidance if guidance is None else guidance
     negative = model.habits.negative if negative is None else negative
-    width, height = width or model.size, height or model.size
+    own = (model.size, model.size) if image is None else fitting_size(image.size, side=model.size, step=model.size_step)
+    width, height = width or own[0], height or own[1]
     _check(model, seeds, steps=steps, width=width, height=height)
-    pictures: list[Image] = []
-    room = at_once(model.device, width, height)
+    start = None
+    if mask is not None and image is None:
+        raise UserError("A mask needs the picture that it lies on.", do="Give the picture too.")
+    if image is not None:
+        start = make_start(image, mask, denoise=denoise, width=width, height=height, steps=steps)
     with torch.no_grad():
-        text = encode(model, [prompt, negative], clip_skip=clip_skip)
+        text = encode_prompts(model, [prompt, negative], clip_skip=clip_skip)
         fresh = make_scheduler(model.scheduler, scheduler)
         watcher = None if on_look is None else Watcher(fresh)
-        pipe = pipeline_over(
-            model.parts, vae=model.vae, tokenizers=model.tokenizers, scheduler=fresh, device=model.device
-        )
+        options = {"vae": model.vae, "tokenizers": model.tokenizers, "scheduler": fresh, "device": model.device}
+        pipe = pipeline_over(model.parts, **options, from_picture=start is not None)
         pipe.set_progress_bar_config(disable=True)
-        rounds = [seeds[start : start + room] for start in range(0, len(seeds), room)]
+        starter = None if start is None else Starter(model, start, fresh)
+        if start is not None and starter is not None:
+            pipe.prepare_latents = starter.prepare_latents
+            begin: dict[str, Any] = {"image": start.picture, "strength": start.denoise}
+        else:
+            begin = {"width": width, "height": height}
+        pictures: list[Image] = []
 
-        def early(number: int) -> None:
+        def early() -> None:
             if on_look is not None and watcher is not None and watcher.clean is not None:
-                on_look(number, look(model, watcher.clean))
+                on_look(len(pictures), look(model, watcher.clean))
 
-        for number, chunk in enumerate(rounds):
+        def latents(chunk: Sequence[int]) -> Tensor:
             with model.using(model.unet):
-                out = pipe(
+                return pipe(
                     **_conditioning(text, len(chunk)),
                     num_inference_steps=steps,
                     guidance_scale=guidance,
-                    width=width,
-                    height=height,
                     generator=[torch.Generator().manual_seed(seed) for seed in chunk],
-                    callback_on_step_end=_progress(on_step, partial(early, len(pictures)), number, len(rounds)),
+                    callback_on_step_end=_progress(
+                        on_step, early, starter, before=len(pictures), now=len(chunk), total=len(seeds)
+                    ),
                     output_type="latent",
+                    **begin,
                 ).images
+
+        for out in _sparing(pipe, latents, seeds, room=at_once(model.device, width, height)):
             if getattr(pipe, "was_cancelled", False):
                 return []
             give_back()
             with model.without(model.unet):
-                pictures += decode(model, out)
+                drawn = decode(model, out)
+            pictures += drawn if start is None else [start.finish(picture) for picture in drawn]
     return pictures
+
+
+def _sparing(
+    pipe: Any, latents: Callable[[Sequence[int]], Tensor], seeds: Sequence[int], *, room: int
+) -> Iterator[Tensor]:
+    """The latents of `room` seeds at a time; once the memory has run out, of one, with attention in slices.
+
+    Any: diffusers' pipeline. Slices are slower, and change nothing but the rounding.
+    """
+    is_sliced, done = False, 0
+    try:
+        while done < len(seeds):
+            chunk = seeds[done : done + room]
+            try:
+                out = latents(chunk)
+            except torch.OutOfMemoryError:
+                if is_sliced:
+                    raise
+                out = None  # outside the handler nothing holds what was being computed
+            if out is None:
+                is_sliced, room = True, 1
+                pipe.enable_attention_slicing()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                continue
+            done += len(chunk)
+            yield out
+    finally:
+        if is_sliced:
+            pipe.disable_attention_slicing()
 
 
 def at_once(device: torch.device, width: int, height: int) -> int:
@@ -99,18 +150,22 @@ def at_once(device: torch.device, width: int, height: int) -> int:
 
 
 def _progress(
-    on_step: OnStep | None, early: Callable[[], None], number: int, rounds: int
+    on_step: OnStep | None, early: Callable[[], None], starter: Starter | None, *, before: int, now: int, total: int
 ) -> Callable[..., dict[str, Any]]:
-    """What the pipeline calls after each step: tells how far it is, gives early looks, and hears of a cancel."""
+    """What the pipeline calls after each step: tells how far it is, gives early looks, and hears of a cancel.
+
+    `now` of `total` pictures are being drawn, after those `before`. What is to stay of a picture that they began from
+    is put back.
+    """
 
     def told(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         steps = pipe.num_timesteps  # Heun goes twice through most
-        if on_step is not None and on_step(number * steps + step + 1, rounds * steps):
+        if on_step is not None and on_step(before * steps + now * (step + 1), total * steps):
             pipe._interrupt = True
             pipe.was_cancelled = True
         elif (step + 1) % min(max(2, steps // LOOKS), LOOK_EVERY) == 0 and step + 1 < steps:
             early()
-        return values
+        return values if starter is None else {"latents": starter.put_back(values["latents"], step, steps)}
 
     return told
 

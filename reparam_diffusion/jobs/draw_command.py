@@ -1,0 +1,167 @@
+"""Drawing on the command line: any number of adapters at any strength, from noise or from a picture."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.habits import DENOISE
+
+Workspace = Annotated[Path, typer.Option(help="Folder for runs, adapters and pictures.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program's."""
+    app.command()(generate)
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw; <lora:name:0.8> calls an adapter of the gallery.")],
+    *,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="FILE[:strength[:te_strength]] or a gallery name, repeatable.")
+    ] = None,
+    model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a file or a hub id.')] = "starter",
+    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up.")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, max=100, help="How strictly the prompt is obeyed.")] = None,
+    count: Annotated[int, typer.Option(min=1, max=1000, help="How many pictures.")] = 1,
+    width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
+    scheduler: Annotated[str, typer.Option(help='Such as "DDIM" or "Euler a"; the model\'s own by default.')] = "",
+    image: Annotated[
+        Path | None, typer.Option(help="A picture to start from; it is scaled and cropped to fit.")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="A picture that is white where something new is drawn.")] = None,
+    denoise: Annotated[
+        float, typer.Option(min=0.01, max=1, help="How much of the picture to start from may change.")
+    ] = DENOISE,
+    vae: Annotated[str, typer.Option(help="A VAE to use instead of the model's own: a folder or a file.")] = "",
+    prediction_type: Annotated[
+        Literal["auto", "epsilon", "v_prediction"], typer.Option(help="What the model predicts.")
+    ] = "auto",
+    precision: Annotated[
+        Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Number format; auto takes the faster one.")
+    ] = "auto",
+    out: Annotated[Path | None, typer.Option(help="A .png file, or a folder.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    workspace: Workspace = Path("workspace"),
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line a picture.")] = False,
+) -> None:
+    """Draw pictures, with any number of adapters at any strength."""
+    from reparam_diffusion.apply import generate as make
+    from reparam_diffusion.gallery import images
+    from reparam_diffusion.gallery.recipe import filled, make_recipe
+    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.models.drawing import drawing_dtype
+    from reparam_diffusion.models.load import load_model
+    from reparam_diffusion.models.precision import pick_device
+    from reparam_diffusion.models.sample import split_tags
+
+    text, tags = split_tags(prompt)
+    chosen = [_adapter_choice(one, workspace) for one in adapter or []]
+    chosen += [(find(tag, workspace), strength, te) for tag, strength, te in tags]
+    if out is not None and out.suffix.lower() not in ("", ".png"):
+        raise UserError(
+            f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
+        )
+    used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
+    place = pick_device(device)
+    dtype = drawing_dtype(model, precision, place)
+    base = load_model(model, device=place, dtype=dtype, vae=vae, prediction_type=prediction_type)
+    values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
+    values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
+    values |= {"vae": vae, "prediction_type": prediction_type, "denoise": denoise}
+    for name, file in (("image", image), ("mask", mask)):
+        values[name] = "" if file is None else images.keep_file(file, workspace, is_mask=name == "mask")
+    recipe = make_recipe(values)
+    start, white = images.open_sources(recipe, workspace)
+    recipe = filled(recipe, base, None if start is None else start.size)
+    with _bar("Drawing", (recipe.steps or 0) * count) as advance:
+        warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
+        pictures = make(
+            base,
+            text,
+            adapters=chosen,
+            negative=recipe.negative,
+            seed=seed,
+            steps=recipe.steps,
+            guidance=recipe.guidance,
+            count=count,
+            width=recipe.width,
+            height=recipe.height,
+            scheduler=scheduler,
+            image=start,
+            mask=white,
+            denoise=denoise,
+            on_step=advance,
+        )
+    for number, picture in enumerate(pictures):
+        own = recipe.model_copy(update={"seed": seed + number})
+        path = images.save_picture(picture, own, _place(out, workspace, own.seed, number=number, count=count))
+        typer.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
+
+
+def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: int) -> Path:
+    """Where a picture goes: the file named (numbered when there are several), a folder, or the workspace."""
+    from reparam_diffusion.gallery.images import new_name
+
+    if out is None:
+        return new_name(workspace, str(seed))
+    if out.suffix.lower() == ".png":
+        return out if count == 1 else out.with_stem(f"{out.stem}-{number + 1}")
+    return out / f"{seed}.png"
+
+
+def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
+    """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
+    from reparam_diffusion.gallery.shelf import find
+
+    words = text.split(":")
+    numbers: list[float] = []
+    while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
+        numbers.insert(0, float(words.pop()))
+    name = ":".join(words)
+    path = Path(name) if Path(name).exists() else find(name, workspace)
+    return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
+
+
+def _is_number(text: str) -> bool:
+    from reparam_diffusion.models.sample import finite
+
+    try:
+        finite(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _bar:
+    """A progress bar on standard error that a drawing advances."""
+
+    def __init__(self, label: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self.progress = Progress(console=Console(stderr=True), transient=True)
+        self.task = self.progress.add_task(label, total=total)
+
+    def __enter__(self) -> Callable[[int, int], bool]:
+        self.progress.start()
+        return self._advance
+
+    def _advance(self, done: int, total: int) -> bool:
+        self.progress.update(self.task, completed=done, total=total)
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
