@@ -187,7 +187,7 @@ def test_a_second_set_is_added_told_when_wrong_and_trained_on(opened: Open, serv
     write(page, 0, str(more))
     expect(page.locator("#sets")).not_to_contain_text("⚠")
     page.get_by_role("button", name="Start training").click()
-    wait_for(lambda: any((served.workspace / "runs").glob("*/config.toml")))
+    wait_for(lambda: any((served.workspace / "runs").glob("*/config.toml")), seconds=120)
     (run,) = (served.workspace / "runs").iterdir()
     (found,) = runs.read_config(run).data.sets
     assert (found.images, found.trigger, found.weight) == (str(more), "zwx", 0.5)
