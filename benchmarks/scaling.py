@@ -32,17 +32,17 @@ from reparam_diffusion.config import settle
 from reparam_diffusion.gallery import catalog
 from reparam_diffusion.jobs import locks, queue, runs
 from reparam_diffusion.jobs.overview import Overview
-from ui import ahead, blend_tab, gallery_look, generate_acts, run_view
+from ui import blend_tab, gallery_look, generate_acts, run_view
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOKS = [
-    ("what a run will cost (until it is known)", ahead.LOOK_AGAIN),
     ("the runs", run_view.SELDOM),
     ("what is drawn", generate_acts.SELDOM),
     ("the gallery", gallery_look.SELDOM),
     ("a blend", blend_tab.SELDOM),
 ]
-"""The page's timers that tick while nothing goes on, in their order, and their seconds."""
+"""The page's timers that tick while nothing goes on, in their order, and their seconds. (The first one in the page,
+which finds out what a run will cost, ends when it is known.)"""
 STEPS = 300
 """Steps that each finished run has told."""
 
@@ -178,20 +178,20 @@ def measure_page(workspace: Path, users: int) -> None:
             f"page: {empty / 1e6:.0f} MB at first; opening it costs {opening * 1000:.0f} ms of the server's processor"
         )
         costs = []
-        for (name, pace), (number, data) in zip(LOOKS, timers, strict=True):
+        for (name, pace), (number, data) in zip(LOOKS, timers[1:], strict=True):
             for visitor in visitors:  # the first look of each session tells everything
                 visitor.call(number, data)
             costs.append(_spent(process, lambda n=number, d=data: [one.call(n, d) for one in visitors]) / users)
             print(f"  a look at {name}, every {pace:g} s: {costs[-1] * 1000:.1f} ms of processor")
-        idle = sum(cost / pace for (_, pace), cost in list(zip(LOOKS, costs, strict=True))[1:])
-        live = idle + costs[1] / run_view.OFTEN - costs[1] / run_view.SELDOM
+        idle = sum(cost / pace for (_, pace), cost in zip(LOOKS, costs, strict=True))
+        live = idle + costs[0] / run_view.OFTEN - costs[0] / run_view.SELDOM
         print(f"  each open page: {idle * 1000:.1f} ms a second, {live * 1000:.1f} while a run is at work", end="")
         print(f": {1 / idle:.0f} or {1 / live:.0f} pages fill one core")
         took: list[float] = []
 
         def poll(visitor: Visitor) -> None:
             for _ in range(3):
-                took.extend(visitor.call(number, data) for number, data in timers)
+                took.extend(visitor.call(number, data) for number, data in timers[1:])
 
         threads = [threading.Thread(target=poll, args=[visitor]) for visitor in visitors]
         begun = time.perf_counter()

@@ -49,6 +49,7 @@ def train(
     from reparam_diffusion import config as c
     from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs.launchers import new_run
+    from reparam_diffusion.jobs.ray_jobs import check
     from reparam_diffusion.training.cards import card_layer
 
     given: dict[str, str | int] = {
@@ -71,6 +72,7 @@ def train(
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))
         return
+    check(config)
     _run(new_run(config, workspace, now=datetime.now()), as_json=as_json)
 
 

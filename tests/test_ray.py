@@ -19,11 +19,13 @@ import pytest
 from filelock import FileLock
 from run_folders import NOW, ROOT, wait_for
 
+from reparam_diffusion import __main__ as cli
 from reparam_diffusion import events as e
 from reparam_diffusion.config import settle
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import locks, queue, ray_jobs, runs, worker
+from reparam_diffusion.jobs import datasets, locks, queue, ray_jobs, runs, worker
 from reparam_diffusion.jobs.ray_note import RayNote, read_note, write_note
+from ui import starting
 
 has_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
 Start = Callable[..., Path]
@@ -218,6 +220,23 @@ def test_what_ray_cannot_be_asked_is_told_at_the_setting(start: Start, monkeypat
     with pytest.raises(UserError, match="Ray gives out the GPUs") as device:
         start("http://head:8265", device="cuda:1")
     assert device.value.place == "model.device"
+
+
+def test_a_run_that_ray_cannot_have_is_not_made(workspace: Path) -> None:
+    launch = {"launch": {"launcher": "ray", "address": "head"}}
+    for make in (
+        lambda: starting.start_config(
+            workspace, datasets.example_sets()[0], settle({"data": {"trigger": "sks", "class_word": "toy"}}, launch)
+        ),
+        lambda: cli.train(
+            images=str(ROOT / "assets/examples/teddy"),
+            settings=["launch.launcher=ray", "launch.address=head"],
+            workspace=workspace,
+        ),
+    ):
+        with pytest.raises(UserError, match=r"no address|not installed"):
+            make()
+    assert runs.list_runs(workspace) == []
 
 
 def test_a_job_whose_place_another_took_does_nothing(

@@ -38,13 +38,16 @@ Client = Any
 def hand_over(folder: Path, *, resume: bool) -> None:
     """Have a run done by Ray. Raises UserError for what Ray cannot be asked; what Ray answers is told by the run."""
     config = runs.read_config(folder)
-    _check(config)
+    check(config)
     runs.clear_requests(folder)
     write_note(folder, RayNote(_new_name(folder), config.launch.address or HERE, resume=resume))
     ensure_tended(runs.workspace_of(folder))
 
 
-def _check(config: TrainConfig) -> None:
+def check(config: TrainConfig) -> None:
+    """Raises UserError for what Ray cannot be asked; a run that is not for Ray is none of its business."""
+    if config.launch.launcher != "ray":
+        return
     if importlib.util.find_spec("ray") is None:
         raise UserError(
             "Ray is not installed.",
