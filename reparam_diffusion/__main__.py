@@ -48,7 +48,7 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
-    from reparam_diffusion.data.images import find_pictures
+    from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs.runs import create_run
     from reparam_diffusion.jobs.worker import work
     from reparam_diffusion.training.cards import card_layer
@@ -74,9 +74,9 @@ def train(
             "Several would each make a run of their own.",
             "Call reparam_diffusion.train(config, folder=…) from a script under accelerate launch.",
         )
-    pictures, _ = find_pictures(config.data.images, least_side=1)  # a wrong path is told before anything is made
+    main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
-        _say_plan(config, workspace, pictures=len(pictures))
+        _say_plan(config, workspace, pictures=len(main.pictures))
         return
     folder = create_run(config, workspace, now=datetime.now())
     _follow(work(folder), folder, as_json=as_json)
@@ -277,8 +277,9 @@ def _is_number(text: str) -> bool:
 def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
+    from reparam_diffusion.jobs.runs import with_start
 
-    cost = cost_here(config, pictures=pictures, workspace=workspace)
+    cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         typer.echo(line)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.inject import Injection, Merge, attach, merged
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import OnLook, OnStep, draw
+from reparam_diffusion.models.words import Word, add_words, set_words, spoken, take_words
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,15 +28,21 @@ AdapterChoice = tuple[str | Path, float] | tuple[str | Path, float, float | None
 class Applied:
     """An adapter on a model. A context manager: leaving it takes the adapter off."""
 
-    def __init__(self, injection: Injection, unmatched: list[tuple[str, str]]) -> None:
-        self._injection = injection
-        self.unmatched = unmatched
+    def __init__(self, model: Model, injection: Injection, bound: Bound) -> None:
+        self._model, self._injection = model, injection
+        self._words = bound.words
+        self.unmatched = bound.unmatched
         """(key, why) of what the file holds and this model cannot take."""
 
     @property
     def sites(self) -> list[str]:
         """The layers that are changed."""
         return list(self._injection.adapters)
+
+    @property
+    def words(self) -> list[str]:
+        """The learned words that prompts may use now."""
+        return [word.text for word in self._words]
 
     def set_strength(self, strength: float, te_strength: float | None = None, *, match: str = "*") -> None:
         """Change the strength now; `te_strength` None is the same for the text encoders. `match` limits the sites."""
@@ -47,6 +55,8 @@ class Applied:
     def remove(self) -> None:
         """Take the adapter off; the model is as it was."""
         self._injection.remove()
+        take_words(self._model, self._words)
+        self._words = []
 
     def __enter__(self) -> Applied:
         return self
@@ -64,16 +74,27 @@ def apply_adapter(
 
     Raises UserError when the file cannot be read or nothing in it fits the model.
     """
-    adapters, unmatched = bind(model, file_or_folder)
-    applied = Applied(attach(model.parts, adapters), unmatched)
+    bound = bind(model, file_or_folder)
+    add_words(model, bound.words)
+    applied = Applied(model, attach(model.parts, bound.adapters), bound)
     applied.set_strength(strength, te_strength)
     return applied
 
 
-def bind(model: Model, file_or_folder: str | Path) -> tuple[dict[str, Adapter], list[tuple[str, str]]]:
-    """The adapters of a file by the model's own layers, and what did not fit with the reason."""
+@dataclass(frozen=True)
+class Bound:
+    """What a file is on a model: adapters by the model's own layers, learned words, and what does not fit with why."""
+
+    adapters: dict[str, Adapter]
+    words: list[Word]
+    unmatched: list[tuple[str, str]]
+
+
+def bind(model: Model, file_or_folder: str | Path) -> Bound:
+    """Read a file for a model. Raises UserError when nothing in it fits."""
     file = read_adapter(file_or_folder)
     adapters, unmatched = file.match(model.parts)
+    words, others = file.words_for(model.parts)
     if not adapters:
         key, why = unmatched[0] if unmatched else ("", "it is empty")
         raise UserError(
@@ -81,7 +102,7 @@ def bind(model: Model, file_or_folder: str | Path) -> tuple[dict[str, Adapter], 
             f"None of its layers match: {key}: {why}" if key else f"None of its layers match: {why}.",
             "Use it with the base model it was made for.",
         )
-    return adapters, unmatched
+    return Bound(adapters, words, unmatched + others)
 
 
 def generate(
@@ -110,14 +131,15 @@ def generate(
         raise UserError("The prompt is empty.", do="Say what to draw.")
     if count < 1:
         raise UserError("The number of pictures must be at least 1.")
-    weighted = []
+    weighted, words = [], []
     for choice in adapters:
         path, strength = _strengths(choice)
-        found, unmatched = bind(model, path)
-        if unmatched:
-            warnings.warn(_left_out(path, unmatched), stacklevel=2)
-        weighted.append((found, strength))
-    with merged(model.parts, weighted):
+        bound = bind(model, path)
+        if bound.unmatched:
+            warnings.warn(_left_out(path, bound.unmatched), stacklevel=2)
+        weighted.append((bound.adapters, strength))
+        words += _spoken_at(bound, strength)
+    with spoken(model, words), merged(model.parts, weighted):
         return draw(
             model,
             prompt,
@@ -144,34 +166,37 @@ class Easel:
         self.model = model
         self._merge = Merge(model.parts)
         self._keep = keep
-        self._read: dict[Path, tuple[object, dict[str, Adapter], list[tuple[str, str]]]] = {}
+        self._read: dict[Path, tuple[object, Bound]] = {}
 
     def put(self, choices: Sequence[AdapterChoice]) -> list[str]:
-        """Have exactly these adapters merged; gives a sentence for each file that does not fit as a whole."""
-        weighted, notes = [], []
+        """Have exactly these adapters merged and their words known; says of each file what does not fit."""
+        weighted, words, notes = [], [], []
         for choice in choices:
             path, strength = _strengths(choice)
-            adapters, unmatched = self._file(Path(path))
-            if unmatched:
-                notes.append(_left_out(path, unmatched))
-            weighted.append((adapters, strength))
+            bound = self._file(Path(path))
+            if bound.unmatched:
+                notes.append(_left_out(path, bound.unmatched))
+            weighted.append((bound.adapters, strength))
+            words += _spoken_at(bound, strength)
+        set_words(self.model, words)
         self._merge.settle(weighted)
         return notes
 
     def clear(self) -> None:
         """The model as it was, bit for bit."""
+        set_words(self.model, [])
         self._merge.restore()
 
-    def _file(self, path: Path) -> tuple[dict[str, Adapter], list[tuple[str, str]]]:
-        """The adapters in a file, from before when the file has not changed since."""
+    def _file(self, path: Path) -> Bound:
+        """What is in a file, from before when the file has not changed since."""
         sign = _sign(path)
         known = self._read.pop(path, None)
         if known is None or known[0] != sign:
-            known = (sign, *bind(self.model, path))
+            known = (sign, bind(self.model, path))
         self._read[path] = known  # the newest last
         while len(self._read) > self._keep:
             del self._read[next(iter(self._read))]
-        return known[1], known[2]
+        return known[1]
 
 
 def _sign(path: Path) -> object:
@@ -189,6 +214,11 @@ def _strengths(choice: AdapterChoice) -> tuple[str | Path, Callable[[str], float
     if not (math.isfinite(strength) and math.isfinite(text)):
         raise UserError(f"The strength of {Path(path).name} is no number.", do="Use a number such as 0.8.")
     return path, lambda site: strength if site.startswith("unet.") else text
+
+
+def _spoken_at(bound: Bound, strength: Callable[[str], float]) -> list[Word]:
+    """The words of an adapter; they have no strength, but one that is off everywhere brings none."""
+    return bound.words if any(strength(part) for part in ("unet.", "te1.")) else []
 
 
 def _left_out(path: str | Path, unmatched: list[tuple[str, str]]) -> str:

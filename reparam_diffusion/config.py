@@ -53,6 +53,33 @@ class ModelSettings(Settings):
     """Train on a UNet with its linear layers in 8 bits: half the memory. The finished file is as usual."""
     block_offload: bool = False
     """Keep the UNet's blocks in the computer's memory, each fetched for its turn: much less GPU memory, slower."""
+    zero_terminal_snr: bool = False
+    """Let the noise end in pure noise, for very dark and very bright pictures; for models with v-prediction."""
+
+
+class DatasetSettings(Settings):
+    """One more set of pictures in a run. What is not given is as for the main set."""
+
+    images: str = Field(title="Folder")
+    """Folder of pictures."""
+    trigger: str | None = Field(None, title="Trigger word")
+    """Its own trigger word. Empty text is none: with a weight of 0.5 such a set keeps the class as it was."""
+    class_word: str | None = Field(None, title="What it is")
+    """What it is."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How much its pictures count in the loss."""
+    repeats: int = Field(1, ge=1, le=1000)
+    """How often each of its pictures comes in one pass."""
+    masks: str | None = None
+    """Its masks. A folder of masks serves its own set only."""
+    unmasked_weight: float | None = Field(None, ge=0, le=1)
+    """How much what its masks leave out counts."""
+    caption_template: str | None = None
+    """Caption for its pictures without a text file."""
+    kind: Literal["subject", "style"] | None = None
+    """Whether its pictures show one subject or share one style."""
+    flip: bool | None = None
+    """Whether its pictures are mirrored too."""
 
 
 class DataSettings(Settings):
@@ -82,6 +109,14 @@ class DataSettings(Settings):
     """How many tags at the front stay in place when shuffling."""
     held_out: int = Field(-1, ge=-1, le=1000)
     """Pictures kept out of training to measure the loss; -1 keeps one in eight where there are at least 8."""
+    masks: str = ""
+    """Learn what a mask shows white: alpha (transparency), beside (dog-masklabel.png) or a folder; empty learns all."""
+    unmasked_weight: float = Field(0.1, ge=0, le=1)
+    """How much what a mask leaves out counts. The loss is a weighted mean, so small masks learn as fast."""
+    weight: float = Field(1.0, gt=0, le=100)
+    """How much these pictures count in the loss beside those of further sets."""
+    sets: list[DatasetSettings] = []
+    """More sets in the same run. Pictures of the class with weight 0.5 and no trigger word keep the class as it was."""
 
 
 class PriorSettings(Settings):
@@ -122,8 +157,11 @@ class TrainingSettings(Settings):
     """Learning rate of the UNet's adapters."""
     text_learning_rate: float = Field(0.0, ge=0, le=1)
     """Learning rate of the text encoders' adapters; 0 takes half the UNet's."""
-    optimizer: Literal["adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop"] = "adamw"
-    """Optimizer, from torch.optim."""
+    optimizer: Literal[
+        "adamw", "adam", "sgd", "adafactor", "radam", "nadam", "rmsprop", "adamw8bit", "lion", "lion8bit", "prodigy",
+        "adamw_schedulefree",
+    ] = "adamw"  # fmt: skip
+    """Optimizer; the last five need requirements-extras.txt. Prodigy wants learning rate 1, lion a third of adamw's."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     """Adam's averaging of the gradient and of its square."""
     weight_decay: float = Field(0.01, ge=0, le=1)
@@ -146,8 +184,19 @@ class TrainingSettings(Settings):
     """Less memory for about a third more time."""
     compile: bool = False
     """Compile the model's repeated blocks (CUDA; the first steps take minutes)."""
+    start_from: str = ""
+    """An adapter to train on from: its name in the gallery, or a file. Its ranks win over those set here."""
     seed: int = Field(0, ge=0, le=2**31 - 1)
     """The same seed gives the same run on the same machine."""
+
+
+class EmbeddingSettings(Settings):
+    vectors: int = Field(0, ge=0, le=16)
+    """Learn the trigger word itself as so many vectors, along with the adapter and in its file; 0 does not."""
+    words: str = ""
+    """What the trigger word begins as, such as "plush bear"; empty takes the class word."""
+    learning_rate: float = Field(1e-3, gt=0, le=1)
+    """Learning rate of the vectors."""
 
 
 class OutputSettings(Settings):
@@ -184,6 +233,7 @@ class TrainConfig(Settings):
     prior: PriorSettings = PriorSettings()
     targets: TargetSettings = TargetSettings()
     training: TrainingSettings = TrainingSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
 
 
@@ -345,7 +395,7 @@ def find_preset(name: str) -> dict[str, Any]:
 def to_toml(config: TrainConfig) -> str:
     """The complete settings as TOML, every one with its help as a comment. Reads back to an equal config."""
     document = tomlkit.document()
-    values = json.loads(config.model_dump_json())
+    values = json.loads(config.model_dump_json(exclude_none=True))  # TOML has no null: what is not given is left out
     for name in ("schema_version", "title", "about"):
         document.add(name, tomlkit.item(values[name]))
     for name in type(config).model_fields:

@@ -40,6 +40,8 @@ class Started(Event):
     precision: str
     pictures: int
     ranks: dict[str, int] = field(default_factory=dict)
+    sets: list[str] = field(default_factory=list)
+    """Where there are several sets: each in words, such as "sks toy: 6 pictures, weight 0.5"."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def ruled(**rule) -> dict:
         ({"training": {"step": 3}}, "training.step", 'Did you mean "steps"?'),
         ({"trainin": {"steps": 3}}, "trainin", 'Did you mean "training"?'),
         ({"training": 5}, "training", "must be a group of settings"),
-        ({"training": {"optimizer": "lion"}}, "training.optimizer", "must be one of 'adamw'"),
+        ({"training": {"optimizer": "tiger"}}, "training.optimizer", "must be one of 'adamw'"),
         ({"training": {"learning_rate": 0}}, "training.learning_rate", "must be more than 0"),
         ({"training": {"learning_rate": float("nan")}}, "training.learning_rate", "not nan"),
         ({"training": {"betas": [0.9]}}, "training.betas.1", "must be given"),

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from reparam_diffusion.data.cache import LatentCache, TensorStore, TextCache, item_pixels, to_pixels
-from reparam_diffusion.data.dataset import Item, build_dataset
+from reparam_diffusion.data.dataset import Item, Part, build_dataset
 from reparam_diffusion.data.images import find_pictures
 
 
@@ -35,7 +35,7 @@ def item(tmp_path: Path) -> Item:
     (tmp_path / "pictures").mkdir()
     ramp.save(tmp_path / "pictures" / "a.png")
     pictures, _ = find_pictures(tmp_path / "pictures", least_side=16)
-    return build_dataset(pictures, ["a ramp"], resolution=96, step=32).train[0]
+    return build_dataset([Part(pictures, ["a ramp"], [None])], resolution=96, step=32).train[0]
 
 
 def test_pixels_run_from_minus_one_to_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reparam_diffusion.data.dataset import Dataset, Drawn, build_dataset
+from reparam_diffusion.data.dataset import Dataset, Drawn, Part, build_dataset
 from reparam_diffusion.data.images import Picture
 from reparam_diffusion.errors import UserError
 
@@ -19,17 +19,14 @@ SHAPES = [(256, 256), (300, 200), (200, 300), (900, 300)]
 def made(counts: list[int], *, repeats: int = 1, flip: bool = False, held_out: int = 0, seed: int = 0) -> Dataset:
     """A dataset with so many pictures of each shape."""
     shapes = [shape for shape, count in zip(SHAPES, counts, strict=False) for _ in range(count)]
+    return build_dataset([part(shapes, repeats, flip)], resolution=128, step=32, held_out=held_out, seed=seed)
+
+
+def part(shapes: list[tuple[int, int]], repeats: int = 1, flip: bool = False, weight: float = 1.0) -> Part:
+    """One set of pictures of these shapes; the hash is the number within its set."""
     pictures = [Picture(Path(f"{n}.png"), *shape, hash=f"{n}") for n, shape in enumerate(shapes)]
-    return build_dataset(
-        pictures,
-        [f"picture {n}" for n in range(len(pictures))],
-        resolution=128,
-        step=32,
-        repeats=repeats,
-        flip=flip,
-        held_out=held_out,
-        seed=seed,
-    )
+    captions = [f"picture {n}" for n in range(len(pictures))]
+    return Part(pictures, captions, [None] * len(pictures), repeats, flip, weight)
 
 
 counts = st.lists(st.integers(0, 7), min_size=1, max_size=4).filter(any)
@@ -124,7 +121,42 @@ def test_held_out_pictures_are_drawn_by_seed_and_capped_at_a_quarter() -> None:
 
 
 def test_without_buckets_every_picture_is_square() -> None:
-    pictures = [Picture(Path(f"{n}.png"), *shape, hash=f"{n}") for n, shape in enumerate(SHAPES)]
-    data = build_dataset(pictures, [""] * 4, resolution=128, step=32, buckets=False)
+    data = build_dataset([part(SHAPES)], resolution=128, step=32, buckets=False)
     assert {item.size for item in data.train} == {(128, 128)}
     assert len({item.size for item in made([1, 1, 1]).train}) == 3
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(counts, st.integers(1, 4)), min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 99))
+def test_in_a_round_every_picture_comes_as_often_as_its_set_repeats(
+    sets: list[tuple[list[int], int]], batch: int, seed: int
+) -> None:
+    shapes = [[shape for shape, n in zip(SHAPES, few, strict=False) for _ in range(n)] for few, _ in sets]
+    parts = [part(its, repeats) for its, (_, repeats) in zip(shapes, sets, strict=True)]
+    data = build_dataset(parts, resolution=128, step=32)
+    steps = data.batches(batch)
+    drawn = [one for step in range(steps) for one in data.batch_at(step, batch=batch, seed=seed)]
+    assert Counter(one.item for one in drawn) == {
+        number: item.repeats * data.passes(batch) for number, item in enumerate(data.train)
+    }
+    assert data.shown == sum(len(its) * repeats for its, (_, repeats) in zip(shapes, sets, strict=True))
+
+
+def test_every_picture_keeps_its_own_sets_settings() -> None:
+    data = build_dataset([part(SHAPES), part(SHAPES[:2], 3, True, 0.5)], resolution=128, step=32)
+    assert [(item.part, item.repeats, item.flipped_ok, item.weight) for item in data.train] == [
+        *[(0, 1, False, 1.0)] * 4,
+        *[(1, 3, True, 0.5)] * 2,
+    ]
+    drawn = [one for step in range(80) for one in data.batch_at(step, batch=2, seed=3)]
+    assert {data.train[one.item].part for one in drawn if one.flip} == {1}
+
+
+@pytest.mark.parametrize(
+    ("counts", "wanted", "told"),
+    [([16, 8], 6, [4, 2]), ([20, 3, 1], 3, [3, 0, 0]), ([8, 8], 3, [2, 1]), ([1, 9], 2, [0, 2])],
+)
+def test_each_set_gives_its_share_of_what_is_held_out(counts: list[int], wanted: int, told: list[int]) -> None:
+    data = build_dataset([part([(256, 256)] * n) for n in counts], resolution=128, step=32, held_out=wanted)
+    assert [sum(item.part == number for item in data.held_out) for number in range(len(counts))] == told
+    assert {item.part for item in data.train} == set(range(len(counts)))

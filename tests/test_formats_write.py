@@ -21,7 +21,7 @@ from reparam_diffusion.adapters.adalora import Adalora
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.container import TensorFile, data_hash
-from reparam_diffusion.formats.header import TrainingFacts, build_header
+from reparam_diffusion.formats.header import SetFacts, TrainingFacts, build_header
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, write_adapter
 from reparam_diffusion.inject import find_module
@@ -43,8 +43,6 @@ FACTS = TrainingFacts(
     name="{teddy}",
     method="lokr",
     family="sdxl",
-    trigger="sks",
-    class_word="toy",
     rank=8,
     alpha=4.0,
     network_args={"factor": 8},
@@ -53,9 +51,7 @@ FACTS = TrainingFacts(
     clip_skip=1,
     steps=120,
     epochs=1.5,
-    pictures=6,
-    repeats=10,
-    tags={"a sks toy": 4, "on grass, ü": 2},
+    sets=(SetFacts("sks", "toy", 6, 10, {"a sks toy": 4, "on grass, ü": 2}),),
     buckets={(64, 128): 4, (128, 64): 2},
     started_at=1_700_000_000.0,
     finished_at=1_700_000_600.5,
@@ -270,7 +266,7 @@ def test_the_header_tells_a1111_and_the_managers_what_they_ask_for(parts: dict, 
     assert json.loads(told["ss_network_args"]) == {"algo": "lokr", "factor": "8"}
     assert (told["ss_network_dim"], told["ss_network_alpha"], told["ss_clip_skip"]) == ("8", "4", "2")
     assert json.loads(told["ss_dataset_dirs"]) == {"10_sks toy": {"n_repeats": 10, "img_count": 6}}
-    assert json.loads(told["ss_tag_frequency"]) == {"10_sks toy": dict(FACTS.tags)}
+    assert json.loads(told["ss_tag_frequency"]) == {"10_sks toy": dict(FACTS.sets[0].tags)}
     assert json.loads(told["ss_bucket_info"])["buckets"]["0"] == {"resolution": [64, 128], "count": 4}
     assert float(told["ss_training_started_at"]) == 1_700_000_000.0
     assert told["ss_resolution"] == "(1024, 768)"
@@ -281,6 +277,26 @@ def test_the_header_tells_a1111_and_the_managers_what_they_ask_for(parts: dict, 
     assert told["reparam_config"] == FACTS.config_toml
     file = read_adapter(path)
     assert (file.base, file.trigger, file.metadata["reparam_method"]) == ("sdxl", "sks toy", "lokr")
+
+
+def test_the_header_tells_every_set_once() -> None:
+    sets = (
+        SetFacts("sks", "toy", 6, 10, {"a": 6}),
+        SetFacts("zwx", "dog", 4, 1),
+        SetFacts("", "toy", 20, 1),
+        SetFacts("sks", "toy", 2, 10),
+    )
+    header = build_header(TrainingFacts(name="a", method="lora", family="sd1", sets=sets))
+    assert json.loads(header["ss_dataset_dirs"]) == {
+        "10_sks toy": {"n_repeats": 10, "img_count": 6},
+        "1_zwx dog": {"n_repeats": 1, "img_count": 4},
+        "1_toy": {"n_repeats": 1, "img_count": 20},
+        "10_sks toy 2": {"n_repeats": 10, "img_count": 2},
+    }
+    assert json.loads(header["ss_tag_frequency"])["10_sks toy"] == {"a": 6}
+    assert header["ss_num_train_images"] == "104"
+    assert header["ss_trigger_words"] == "sks, zwx"
+    assert header["modelspec.trigger_phrase"] == "sks toy, zwx dog"
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.schedulers import down_to_noise, make_scheduler
 from reparam_diffusion.training.objective import Objective
 
 
@@ -43,6 +45,30 @@ def test_zero_terminal_snr_has_no_nan_with_v_and_refuses_epsilon() -> None:
     assert torch.isfinite(weights).all() and weights[-1] >= 0
     with pytest.raises(UserError, match="zero-terminal SNR"):
         Objective(model("epsilon", rescale_betas_zero_snr=True), min_snr_gamma=5.0, noise_offset=0.0)
+
+
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler"])
+def test_a_schedule_can_be_let_down_to_pure_noise(kind: str) -> None:
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    own = getattr(diffusers, kind)(**betas, prediction_type="v_prediction")
+    new = down_to_noise(own)
+    objective = Objective(
+        SimpleNamespace(scheduler=new, prediction_type="v_prediction"), min_snr_gamma=5.0, noise_offset=0
+    )
+    alphas, before = objective.scheduler.alphas_cumprod, own.alphas_cumprod
+    assert float(alphas[-1]) == pytest.approx(0, abs=1e-6) and before[-1] > 1e-3, "the last step is pure noise"
+    torch.testing.assert_close(alphas[0], before[0])
+    roots, old = alphas.sqrt(), before.sqrt()  # Lin et al., alg. 1: √ᾱ shifted to end at 0, scaled to begin as before
+    torch.testing.assert_close(roots, (old - old[-1]) * old[0] / (old[0] - old[-1]), rtol=0, atol=1e-4)
+    drawing = make_scheduler(new)
+    drawing.set_timesteps(4)
+    assert float(drawing.timesteps[0]) == 999, "drawing starts at pure noise"
+
+
+def test_zero_terminal_snr_without_v_prediction_is_told_at_its_setting() -> None:
+    with pytest.raises(UserError, match="needs a model with v-prediction") as told:
+        down_to_noise(DDPMScheduler())
+    assert told.value.place == "model.zero_terminal_snr"
 
 
 def test_an_unknown_prediction_is_told() -> None:

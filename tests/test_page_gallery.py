@@ -64,6 +64,16 @@ def card(page: Page, name: str) -> Locator:
     return page.locator("#shelf .adapter").filter(has_text=name)
 
 
+def test_train_on_from_this_opens_the_form_with_the_adapter(page: Page, served: Served) -> None:
+    put(served.workspace, "teddy", ss_trigger_words="sks")
+    card(page, "teddy").click(timeout=SLOW)
+    page.get_by_role("button", name="Train on from this").click(timeout=SLOW)
+    expect(page.get_by_role("tab", name="Train")).to_have_attribute("aria-selected", "true", timeout=SLOW)
+    page.get_by_text("Advanced settings").click()
+    page.get_by_role("tab", name="Training", exact=True).click()
+    expect(page.get_by_label("Start from")).to_have_value("teddy", timeout=SLOW)
+
+
 def test_an_empty_gallery_says_what_to_do(page: Page) -> None:
     expect(page.get_by_text("No adapters yet. Train one, or drop a file here.")).to_be_visible(timeout=SLOW)
 

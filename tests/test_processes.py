@@ -35,6 +35,7 @@ def test_two_processes_learn_what_one_learns(method: str, tmp_path: Path) -> Non
         f"adapter.method={method}", "training.steps=3", "training.warmup=0.0", "training.learning_rate=0.01",
         "output.file_precision=fp32", "output.sample_every=1000", "output.validate_every=1000",
     ]  # fmt: skip
+    settings += ["embedding.vectors=2"] if method == "lora" else []
     one = settle(parse_set([*settings, "training.accumulation=2"]))
     list(train(one, folder=tmp_path / "one"))
     config = tmp_path / "config.toml"

@@ -39,7 +39,8 @@ def test_killed_at_13_and_resumed_from_10_equals_20_steps(method: str, tmp_path:
         "training.ema=0.9", "training.learning_rate=0.01", "output.checkpoint_every=10", "output.sample_every=1000",
         "output.validate_every=1000", "output.file_precision=fp32", "data.shuffle_tags=true",
     ]  # fmt: skip
-    settings += ["adapter.dropout=0.2", "adapter.weight_decompose=true"] if method == "lora" else []
+    if method == "lora":
+        settings += ["adapter.dropout=0.2", "adapter.weight_decompose=true", "embedding.vectors=2"]
     config = tmp_path / "config.toml"
     total = settle(parse_set(settings))
     config.write_text(to_toml(total), encoding="utf-8")

@@ -27,7 +27,7 @@ from reparam_diffusion.models.resting import Offload
 from reparam_diffusion.models.sample import draw
 from reparam_diffusion.models.tiles import tile_side, tiled, work_of
 from reparam_diffusion.targets import build_adapters, plan_sites
-from reparam_diffusion.training.batch import encodes_text
+from reparam_diffusion.training.batch import text_is_live
 from reparam_diffusion.training.loop import train
 from reparam_diffusion.training.prepare import encoding_tile, prepare
 from reparam_diffusion.training.ready import load_base
@@ -250,7 +250,7 @@ def test_a_run_in_stages_is_the_same_run(
     (steps,) = seen
     first = steps.index("+vae", steps.index("-vae"))  # the class pictures come first
     assert "+unet" not in steps[first : steps.index("-vae", first)], "pictures are encoded without the UNet"
-    is_live = encodes_text(config)
+    is_live = text_is_live(config)
     assert (steps[-1] == "-text" or steps[-2] == "-text") == is_live, "encoders that are trained stay for the run"
 
 
@@ -310,7 +310,7 @@ def test_pictures_are_encoded_in_tiles_only_where_memory_is_short_and_the_cache_
     config = config_for("starter", pictures, "data.resolution=320")
 
     def prepared(name: str) -> list[Event]:
-        return list(prepare(starter, config, tmp_path / "w" / "runs" / name, trains_text=False))
+        return list(prepare(starter, config, tmp_path / "w" / "runs" / name, text_is_live=False))
 
     prepared("whole")
     monkeypatch.setattr("reparam_diffusion.training.prepare.memory_of", lambda device: 0)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_pipelines import save_pictures, save_tiny
 
@@ -79,6 +80,27 @@ def test_every_method_trains_and_its_file_draws_the_trained_picture(
     assert 0.4 < size / (2 * started.file_bytes) < 2.5, "fp32 is twice the fp16 that was told"
 
 
+@pytest.mark.parametrize("average", ["training.ema=0.5", "training.optimizer=adamw_schedulefree"])
+def test_the_untrained_looks_come_after_the_first_step_and_show_no_trace_of_it(
+    average: str, models: dict[str, Path], pictures: Path, tmp_path: Path
+) -> None:
+    if "schedulefree" in average:
+        pytest.importorskip("schedulefree")
+    config = config_for(
+        models["sd1"], pictures, "adapter.method=oft", "training.learning_rate=0.5", "training.warmup=0.0",
+        "targets.text_encoder=attention", "training.steps=2", average,
+    )  # fmt: skip
+    events = run(config, tmp_path)
+    told = [(type(event).__name__, event.step) for event in events if isinstance(event, Step | Validated | Sampled)]
+    assert told[:3] == [("Step", 1), ("Validated", 0), ("Sampled", 0)]
+    preview = of(Sampled, events)[0]
+    base = load_model(models["sd1"], dtype=torch.float32)
+    drawn = generate(base, preview.prompt, seed=preview.seed)[0]
+    with Image.open(tmp_path / preview.path) as image:
+        assert image.tobytes() == drawn.tobytes()
+    assert of(Validated, events)[0].loss != of(Validated, events)[1].loss
+
+
 @pytest.mark.parametrize("family", ["sd1", "v", "sdxl"])
 def test_every_family_trains_with_its_text_encoders(
     family: str, models: dict[str, Path], pictures: Path, tmp_path: Path
@@ -102,6 +124,32 @@ def test_every_family_trains_with_its_text_encoders(
 def test_zero_terminal_snr_refuses_epsilon(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="zero-terminal SNR"):
         run(config_for(models["zero-epsilon"], pictures), tmp_path)
+
+
+def test_zero_terminal_snr_holds_for_training_previews_and_the_header(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny(tmp_path / "model", "sd1", prediction="v_prediction")
+    first: list[int] = []
+    real = torch.nn.Module.__call__
+
+    def watched(module: Any, *args: Any, **named: Any) -> Any:
+        if type(module).__name__ == "UNet2DConditionModel" and not torch.is_grad_enabled() and len(args[1:2]):
+            first.append(int(torch.as_tensor(args[1]).max()))
+        return real(module, *args, **named)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", watched)
+    config = config_for(
+        model, pictures, "model.zero_terminal_snr=true", "training.steps=2", "output.validate_every=100"
+    )
+    events = run(config, tmp_path / "run")
+    assert all(torch.isfinite(torch.tensor(event.loss)) for event in of(Step, events))
+    assert 999 in first, "previews start at the last timestep"
+    assert read_adapter(tmp_path / "run" / "adapter.safetensors").metadata["ss_zero_terminal_snr"] == "True"
+    with pytest.raises(UserError, match="needs a model with v-prediction"):
+        run(
+            config_for(save_tiny(tmp_path / "epsilon", "sd1"), pictures, "model.zero_terminal_snr=true"), tmp_path / "b"
+        )
 
 
 def test_several_methods_share_a_run_by_rules(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:

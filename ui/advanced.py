@@ -24,9 +24,10 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
         "data",
         (
             "resolution", "buckets", "repeats", "flip", "caption_template", "caption_dropout", "shuffle_tags",
-            "keep_tags", "held_out",
+            "keep_tags", "held_out", "masks", "unmasked_weight", "weight",
         ),
     ),
+    "Trigger word": ("embedding", ()),
     "Keep the class": ("prior", ()),
     "Layers": ("targets", ()),
     "Previews and file": ("output", ()),
@@ -78,8 +79,11 @@ def draw_advanced(form: Form, workspace: Path) -> Advanced:
                     with groups[name], gr.Row(elem_classes="grid"):
                         form.add(own.adapter, f"adapter.{name}")
             for title, (group, names) in SECTIONS.items():
-                with gr.Tab(title, id=group), gr.Column(elem_classes="settings"), gr.Row(elem_classes="grid"):
-                    form.add(getattr(start, group), group, names or None)
+                with gr.Tab(title, id=group), gr.Column(elem_classes="settings"):
+                    with gr.Row(elem_classes="grid"):
+                        form.add(getattr(start, group), group, names or None)
+                    if group == "data":
+                        form.add(start.data, "data", ["sets"])
         with gr.Row(elem_classes="settings-foot"):
             name = gr.Textbox(
                 show_label=False,

@@ -13,8 +13,9 @@ import gradio as gr
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
 from reparam_diffusion.data.check import look_over
+from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import estimates, queue
+from reparam_diffusion.jobs import estimates, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
@@ -39,8 +40,9 @@ class Ahead:
 def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str, Any]) -> Ahead:
     """What can be told now; what is not known is being found out when this returns. Any: settings of all types."""
     try:
-        mine = settle(starting.layer_of(settings))
+        mine = runs.with_start(settle(starting.layer_of(settings)), workspace)
         outline(mine.model.path)
+        count_further(mine.data)
     except UserError:  # a mistake in the settings is told at its control when Start is pressed
         return Ahead(cards({}), "", is_complete=True)
     others = {
@@ -61,7 +63,9 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
 
 def _like(config: TrainConfig, mine: TrainConfig) -> TrainConfig:
     """Another method's default run on the same base model and device."""
-    return config.model_copy(update={"model": mine.model})
+    return config.model_copy(
+        update={"model": mine.model, "data": config.data.model_copy(update={"sets": mine.data.sets})}
+    )
 
 
 def cards(costs: Mapping[str, Cost]) -> list[tuple[str, str]]:
@@ -107,7 +111,7 @@ def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
     """What a person should read about the pictures before Start. Refused files stand beside the pictures already."""
     model = outline(config.model.path)
     chosen = with_words(chosen, trigger=config.data.trigger, class_word=config.data.class_word)  # as Start does
-    captions = captions_of(model, config, chosen.pictures)
+    captions = captions_of(model, sources_of(config.data)[0], chosen.pictures)
     notes = look_over(
         chosen.pictures,
         [],

@@ -10,8 +10,9 @@ import gradio as gr
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from reparam_diffusion.config import Rule, parse_set
+from reparam_diffusion.config import DatasetSettings, Rule, parse_set
 from reparam_diffusion.errors import UserError
+from ui import sets
 
 Values = Mapping[str, Any]
 """Settings by their place, such as "training.steps". Any: each setting has its own type."""
@@ -24,6 +25,8 @@ def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Compon
     label = field.title or name.replace("_", " ").capitalize()
     about = field.description or ""
     kind = field.annotation
+    if get_args(kind) == (DatasetSettings,):
+        return sets.draw_table(value)
     if kind is bool:
         return gr.Checkbox(value=value, label=label, info=about)
     if get_origin(kind) is Literal:
@@ -38,7 +41,7 @@ def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Compon
         return gr.Number(value=value, step=_stride(value), label=label, info=about)
     lines = 3 if get_origin(kind) is list else 1
     about += _HOW_TO_WRITE.get(str(get_args(kind)[:1]), "") if lines > 1 else ""
-    return gr.Textbox(value=as_shown(value), label=label, info=about, lines=lines, max_lines=max(lines, 1))
+    return gr.Textbox(value=as_shown(field, value), label=label, info=about, lines=lines, max_lines=max(lines, 1))
 
 
 _HOW_TO_WRITE = {
@@ -63,8 +66,10 @@ def _bound(field: FieldInfo, *names: str) -> float | None:
 
 
 # --- settings as text, and back --------------------------------------------------------------------------------------
-def as_shown(value: Any) -> Any:
-    """A setting as its control shows it: lists line by line, pairs with commas. Any: any setting."""
+def as_shown(field: FieldInfo, value: Any) -> Any:
+    """A setting as its control shows it: lists line by line, pairs with commas, sets row by row. Any: any setting."""
+    if get_args(field.annotation) == (DatasetSettings,):
+        return sets.rows_of(value)
     if isinstance(value, tuple):
         return ", ".join(f"{part:g}" for part in value)
     if isinstance(value, list):
@@ -75,6 +80,8 @@ def as_shown(value: Any) -> Any:
 def as_setting(field: FieldInfo, value: Any, place: str) -> Any:
     """The inverse of `as_shown`. Raises UserError for a rule that cannot be read. Any: any setting."""
     kind = field.annotation
+    if get_args(kind) == (DatasetSettings,):
+        return sets.sets_of(value)
     if not isinstance(value, str):
         return value
     if get_origin(kind) is tuple:
@@ -158,12 +165,19 @@ class Form:
 
     def marked(self, place: str, message: str) -> dict[gr.components.Component, Any]:
         """Updates that put a mistake's message at its control. Any: gradio's updates."""
-        return {self.controls[place]: gr.update(info=f"⚠ {message}", elem_classes=[_WRONG])}
+        control = self.controls[place]
+        return {control: gr.update(**{_about(control): f"⚠ {message}"}, elem_classes=[_WRONG])}
 
     def unmarked(self, place: str) -> dict[gr.components.Component, Any]:
         """Updates that take the message off again. Any: gradio's updates."""
         control = self.controls[place]
-        return {control: gr.update(info=getattr(control, "info", ""), elem_classes=control.elem_classes or [])}
+        name = _about(control)
+        return {control: gr.update(**{name: getattr(control, name)}, elem_classes=control.elem_classes or [])}
+
+
+def _about(control: gr.components.Component) -> str:
+    """Where a control tells what it is: a table has no line of its own for it."""
+    return "info" if hasattr(control, "info") else "label"
 
 
 def _is_equal(shown: Any, default: Any) -> bool:  # Any: values of any setting
@@ -192,10 +206,10 @@ def by_place(layer: Mapping[str, Any]) -> dict[str, Any]:
 def flat(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
     """{"training.steps": 4, …} of settings, as their controls show them."""
     rows: dict[str, Any] = {}
-    for name in type(settings).model_fields:
+    for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         if isinstance(value, BaseModel):
             rows |= flat(value, f"{prefix}{name}.")
         else:
-            rows[f"{prefix}{name}"] = as_shown(value)
+            rows[f"{prefix}{name}"] = as_shown(field, value)
     return rows

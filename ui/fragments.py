@@ -72,6 +72,8 @@ def strip_of(chosen: PictureSet) -> str:
     shown += f'<span class="more">+{more}</span>' if more > 0 else ""
     count = f"{len(pictures)} picture{'' if len(pictures) == 1 else 's'} ready"
     count += f", {captions} with a caption" if captions else ""
+    masks = sum(picture.mask is not None for picture in pictures)
+    count += f", {masks} with a mask" if masks else ""
     bad = "".join(f"<li><b>{escape(one.path.name)}</b> is left out. {escape(one.why)}</li>" for one in chosen.refused)
     return f'<div class="strip">{shown}</div><p class="count" role="status">{count}.</p>' + (
         f'<ul class="refused">{bad}</ul>' if bad else ""

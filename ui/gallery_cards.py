@@ -12,7 +12,7 @@ from reparam_diffusion.files import beside
 from reparam_diffusion.gallery import notes, thumbs
 from reparam_diffusion.gallery.catalog import Entry
 from reparam_diffusion.gallery.importing import Imported
-from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told, steps_of
+from reparam_diffusion.gallery.report import BASES, FEW_RANKS, Report, method_title, ranks_told, steps_of, words_told
 from reparam_diffusion.gallery.shelf import Shelved, stem_of
 from reparam_diffusion.gallery.waste import Binned
 from ui.fragments import age_of, link_to, plain_size, serve
@@ -123,7 +123,13 @@ def _made(entry: Entry, report: Report) -> dict[str, str]:
         method += f", saved as {method_title(report['method'])}"
     trained = f"{steps:,} steps" if (steps := steps_of(report)) else ""
     trained += f" on {plural(report['pictures'], 'picture')}" if trained and report["pictures"] else ""
-    rows = {"Method": method, "Base model": base, "Trained": trained, "Made by": report["made_by"]}
+    rows = {
+        "Learned word": words_told(report),
+        "Method": method,
+        "Base model": base,
+        "Trained": trained,
+        "Made by": report["made_by"],
+    }
     return {name: escape(text) for name, text in rows.items()}
 
 

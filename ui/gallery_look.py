@@ -58,6 +58,7 @@ class GalleryTab:
     head: gr.HTML
     rest: gr.HTML
     try_it: gr.Button
+    go_on: gr.Button
     to_bin: gr.Button
     restore: gr.Button
     erase: gr.Button
@@ -198,7 +199,7 @@ def _nothing(tab: GalleryTab) -> Updates:
 
 def _buttons(tab: GalleryTab, *, on_shelf: bool = False, in_bin: bool = False) -> Updates:
     """Which buttons belong to what is chosen."""
-    shown = dict.fromkeys((tab.try_it, tab.to_bin, tab.editor), on_shelf)
+    shown = dict.fromkeys((tab.try_it, tab.go_on, tab.to_bin, tab.editor), on_shelf)
     shown |= {tab.restore: in_bin, tab.erase: in_bin, tab.erase_sure: False}
     return {control: gr.update(visible=visible) for control, visible in shown.items()}
 

@@ -98,6 +98,7 @@ def _draw_chosen() -> dict[str, Any]:
     drawn: dict[str, Any] = {"head": gr.HTML(CHOOSE, elem_id="chosen-head", padding=False)}
     with gr.Row(elem_classes="acts"):
         drawn["try_it"] = gr.Button("Try it", variant="primary", visible=False, min_width=100, elem_id="try-it")
+        drawn["go_on"] = gr.Button("Train on from this", visible=False, min_width=100)
         drawn["to_bin"] = gr.Button("Move to bin", visible=False, min_width=100)
         drawn["restore"] = gr.Button("Restore", variant="primary", visible=False, min_width=100)
         drawn["erase"] = gr.Button("Delete for good", visible=False, min_width=100)

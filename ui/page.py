@@ -49,6 +49,7 @@ def build_page(workspace: Path) -> gr.Blocks:
         _connect_start(workspace, tabs, train, view)
         _connect_opening(workspace, page, tabs, train, view)
         _connect_trying(workspace, tabs, view, gallery, generate)
+        _connect_training_on(workspace, tabs, gallery, train)
     page.queue(default_concurrency_limit=8)
     return page
 
@@ -90,6 +91,16 @@ def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunVie
         return {tabs: gr.Tabs(selected="train"), **train_tab.train_again(workspace, train, run)}
 
     view.again.click(guarded(again, workspace), view.choice, [tabs, *train.changing()], **QUIET)
+
+
+def _connect_training_on(workspace: Path, tabs: gr.Tabs, gallery: GalleryTab, train: TrainTab) -> None:
+    """ "Train on from this" fills the form so that a run begins with the adapter."""
+
+    def go_on(stem: str, draft: str | None) -> dict[Any, Any]:  # Any: gradio's components and updates
+        return {tabs: gr.Tabs(selected="train"), **train_tab.train_on(workspace, train, stem, draft)}
+
+    inputs, outputs = [gallery.selected, train.pictures.draft], [tabs, *train.changing()]
+    gallery.go_on.click(guarded(go_on, workspace), inputs, outputs, **QUIET)
 
 
 def _connect_trying(workspace: Path, tabs: gr.Tabs, view: RunView, gallery: GalleryTab, generate: GenerateTab) -> None:

@@ -23,7 +23,7 @@ STATES = {
 PHASES = {
     "": "getting ready",
     "starting": "starting and loading the model",
-    "first pictures": "drawing the base model's pictures",
+    "first step": "taking the first step",
     "preview pictures": "drawing the base model's pictures",
     "latents": "reading the pictures",
     "captions": "reading the captions",
@@ -220,6 +220,7 @@ def _facts(state: RunState) -> str:
         f"{started.pictures} pictures, {started.parameters:,} numbers in {started.sites} layers, "
         f"a file of {plain_size(started.file_bytes)}, on {started.device} in {started.precision}."
     )
+    told += f" {'; '.join(started.sets)}." if started.sets else ""
     return f'<p class="quiet">{escape(told)}</p>'
 
 

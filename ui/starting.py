@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import re
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.data.masks import ALPHA, BESIDE, mask_files
+from reparam_diffusion.data.sets import count_further
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.gallery import shelf
+from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, runs
 from ui.form import flat, nested
 
@@ -56,7 +64,8 @@ def layer_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def at_control(place: str, method: str) -> str:
     """The place of the control that shows a setting."""
-    return f"adapter.{method}.{place.removeprefix('adapter.')}" if place.startswith("adapter.") else place
+    whole = re.sub(r"\.\d+(\..*)?$", "", place)  # a list has one control
+    return f"adapter.{method}.{whole.removeprefix('adapter.')}" if whole.startswith("adapter.") else whole
 
 
 def start_run(workspace: Path, chosen: datasets.PictureSet | None, settings: Mapping[str, Any]) -> Path:
@@ -73,12 +82,41 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
         raise UserError(
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
+    count_further(config.data)  # a wrong folder is told before anything is made
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
+    masks = config.data.masks
+    if masks == BESIDE:
+        mask_files(chosen.pictures, masks, place="data.masks")
+    elif masks not in ("", ALPHA):
+        chosen, masks = datasets.with_masks(chosen, masks), BESIDE
     folder = datasets.add_dataset(chosen, workspace)
-    data = config.data.model_copy(update={"images": str(folder)})
+    data = config.data.model_copy(update={"images": str(folder), "masks": masks})
     run = runs.create_run(config.model_copy(update={"data": data}), workspace, now=datetime.datetime.now())
     queue.submit(run)
     return run
+
+
+def on_from(workspace: Path, stem: str) -> dict[str, Any]:
+    """The settings that train on from an adapter of the gallery, as the form shows them: its own where its header has
+    them, else its method and the layers that it has. Any: as above.
+    """
+    file = read_adapter(shelf.at(stem, workspace))
+    header, method = file.metadata, file.metadata.get("reparam_method", file.method)
+    try:
+        shown = shown_of(settle(tomllib.loads(header["reparam_config"])))
+    except (KeyError, tomllib.TOMLDecodeError, UserError):
+        if method not in METHODS:
+            raise UserError(
+                f"{stem} cannot be trained on as it is.",
+                f"It is {method_title(method)}, which is not trained here.",
+                "Convert it to LoRA in Blend first.",
+            ) from None
+        text = {"targets.text_encoder": "attention+mlp"} if any(site.startswith("te") for site in file.sites) else {}
+        shown = {"data.trigger": file.trigger, "targets.unet": "all", **text, "method": method}
+    words = {}
+    if file.words:
+        words = {"embedding.vectors": file.words[0].count, "data.trigger": file.words[0].text}
+    return {**shown, **words, "output.name": "", "training.start_from": stem, "preset": presets.FIRST}
 
 
 def again(workspace: Path, run: Path) -> tuple[str | None, dict[str, Any]]:

@@ -268,6 +268,12 @@ def train_again(workspace: Path, tab: TrainTab, run: Path) -> Updates:
     }
 
 
+def train_on(workspace: Path, tab: TrainTab, stem: str, draft: str | None) -> Updates:
+    """The form with what trains on from an adapter of the gallery; the pictures stay."""
+    shown = starting.on_from(workspace, stem)
+    return {**fill(workspace, tab, shown), tab.kept: {"values": shown, "draft": draft}}
+
+
 def _draft_controls(tab: TrainTab) -> list[Any]:
     return [tab.pictures.draft, tab.pictures.strip, tab.captions.panel, tab.captions.rows]
 

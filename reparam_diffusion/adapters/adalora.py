@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from reparam_diffusion.adapters.base import Adapter, Host, Method, Plan, Shape, Spec, is_thin, register
-from reparam_diffusion.adapters.lora import settled_rank
+from reparam_diffusion.adapters.lora import Lora, settled_rank
 
 
 class AdaloraSpec(Spec):
@@ -170,6 +170,30 @@ def build_adalora(plan: AdaloraPlan, weight: Tensor, groups: int, generator: tor
     return adapter
 
 
+def go_on_adalora(plan: AdaloraPlan, read: Adapter, generator: torch.Generator) -> Adalora:
+    """P Λ Q of a LoRA's (or AdaLoRA's) product by its SVD, exactly; free ranks start orthogonal to it, at Λ = 0."""
+    if type(read) not in (Lora, Adalora) or read.magnitude is not None:
+        raise ValueError(f"it is {'DoRA' if read.magnitude is not None else read.name} there")
+    factors = read.low_rank()
+    assert factors is not None
+    down, up = (factor.detach().double().flatten(1) for factor in factors)
+    outer, core_up = torch.linalg.qr(up)
+    inner, core_down = torch.linalg.qr(down.T)
+    left, values, right = torch.linalg.svd(core_up @ core_down.T, full_matrices=False)
+    kept = int((values > values.max() * torch.finfo(torch.float32).eps).sum())
+    rank = max(kept, plan.rank)
+    adapter = build_adalora(replace(plan, rank=rank), torch.empty(read.shape), 1, generator)
+    for own, found in (
+        (adapter.left.data.T, (outer @ left)[:, :kept].T),
+        (adapter.right.data.flatten(1), right[:kept] @ inner.T),
+    ):
+        free = own.double() - own.double() @ found.T @ found  # what is left of fresh directions beside those found
+        own[:kept] = found.float()
+        own[kept:] = torch.linalg.qr(free.T).Q.T[: rank - kept].float()
+    adapter.values.data[:kept] = (values[:kept] / adapter.scale).float()
+    return adapter
+
+
 def orthogonality_penalty(adapters: Iterable[Adapter]) -> Tensor:
     """γ · mean over P and Q of ‖PᵀP − I‖² and ‖QQᵀ − I‖² (eq. 4)."""
     terms = []
@@ -267,5 +291,6 @@ register(
         recognises=lambda leaves: {"lora_A", "lora_E", "lora_B"} <= leaves,
         penalty=orthogonality_penalty,
         after_step=allocate,
+        go_on=go_on_adalora,
     )
 )

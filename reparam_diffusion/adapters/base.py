@@ -7,7 +7,7 @@ numbers) and an Adapter (the parameters of one site). `register` makes it known 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -321,6 +321,35 @@ class Method:
     penalty: Callable[[Iterable[Adapter]], Tensor] | None = None
     after_step: Callable[[Sequence[Adapter], int, int], None] | None = None
     """(adapters, step just taken, total steps): runs once the optimizer has stepped, gradients still there."""
+    go_on: Callable[[Any, Adapter, torch.Generator], Adapter] | None = None
+    """(the settings' plan, an adapter read from a file, generator) -> the same change, ready to be trained on.
+
+    Raises ValueError where that cannot be. Without it a file's own tensors are trained on as they are.
+    """
+
+
+_TRAINING_ONLY = ("dropout", "rank_dropout", "module_dropout")
+"""What a plan says of training alone, which no file tells."""
+
+
+def trained_on(method: Method, wanted: Plan, read: Adapter, generator: torch.Generator) -> Adapter:
+    """An adapter read from a file, to be trained on: the file's numbers and sizes, the settings' dropout.
+
+    Raises ValueError, with a plain sentence, for an adapter of another kind.
+    """
+    if method.go_on is not None:
+        adapter = method.go_on(wanted, read, generator)
+    elif type(read) is method.adapter:
+        adapter = read
+    else:
+        raise ValueError(f"it is {read.name} there")
+    changes = {name: getattr(wanted, name) for name in _TRAINING_ONLY if hasattr(wanted, name)}
+    if hasattr(wanted, "weight_decompose"):
+        changes["weight_decompose"] = adapter.magnitude is not None
+    adapter.plan = replace(adapter.plan, **changes)
+    for tensor in (*adapter.parameters(), *adapter.buffers()):
+        tensor.data = tensor.data.clone()  # a file's tensors are views of its pages
+    return adapter
 
 
 METHODS: dict[str, Method] = {}

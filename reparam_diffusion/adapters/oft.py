@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -189,6 +189,20 @@ def plan_oft(spec: OftSpec, shape: Shape, groups: int) -> OftPlan:
 def build_oft(plan: OftPlan, weight: Tensor, groups: int, generator: torch.Generator) -> Oft:
     """A fresh OFT: no rotation."""
     return Oft(weight.shape, plan)
+
+
+def go_on_oft(plan: OftPlan, read: Adapter, generator: torch.Generator) -> Oft:
+    """The file's rotation within its own limit; one that has its limit folded in takes up the settings'.
+
+    That is never so narrow that it would turn the file's rotation back.
+    """
+    if not isinstance(read, Oft):
+        raise ValueError(f"it is {read.name} there")
+    limit = read.plan.limit
+    if not 0 < limit < UNCONSTRAINED * read.shape[0]:
+        limit = max(plan.limit, float(read.skew().detach().norm())) if plan.limit else 0.0
+    read.plan = replace(read.plan, limit=limit)
+    return read
 
 
 register(

@@ -51,8 +51,8 @@ def enlargement(width: int, height: int, size: Size) -> float:
     return max(size[0] / width, size[1] / height)
 
 
-def fit(image: Image.Image, size: Size) -> Image.Image:
-    """The picture scaled (Lanczos) and centre-cropped to exactly `size`."""
+def fit(image: Image.Image, size: Size, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
+    """The picture scaled and centre-cropped to exactly `size`."""
     if image.size == size:
         return image
-    return image.resize(size, Image.Resampling.LANCZOS, box=crop_box(*image.size, size))
+    return image.resize(size, resampling, box=crop_box(*image.size, size))

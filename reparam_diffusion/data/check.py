@@ -45,7 +45,7 @@ def _about_refusals(refused: Sequence[Refused]) -> list[str]:
     if len(others) > 10:
         said.append(f"{len(others) - 10} more files are left out.")
     if twins:
-        said.append(f"{_count(len(twins), 'duplicate is', 'duplicates are')} left out: {_some(twins)}.")
+        said.append(f"{_count(len(twins), 'duplicate is', 'duplicates are')} left out: {some_of(twins)}.")
     return said
 
 
@@ -58,7 +58,7 @@ def _about_captions(pictures: Sequence[Picture], captions: Sequence[str], trigge
         )
     if empty := [picture for picture in pictures if EMPTY_CAPTION in picture.notes]:
         counted = _count(len(empty), "caption file is", "caption files are")
-        said.append(f"{counted} empty, so the template is taken: {_some(empty)}.")
+        said.append(f"{counted} empty, so the template is taken: {some_of(empty)}.")
     wanted = words_of(trigger)
     lacking = [
         picture
@@ -68,7 +68,7 @@ def _about_captions(pictures: Sequence[Picture], captions: Sequence[str], trigge
     if lacking:
         said.append(
             f'The trigger "{trigger}" is missing from {_count(len(lacking), "caption", "captions")} '
-            f"({_some(lacking)}), so it will not call what those pictures show. Add it to them."
+            f"({some_of(lacking)}), so it will not call what those pictures show. Add it to them."
         )
     if own:
         known = {*wanted, *words_of(expected)}
@@ -91,7 +91,7 @@ def _about_sizes(pictures: Sequence[Picture], resolution: int) -> list[str]:
     if small := [picture for picture in pictures if min(picture.width, picture.height) < resolution]:
         said.append(
             f"{_count(len(small), 'picture is', 'pictures are')} smaller than the training size of "
-            f"{resolution} pixels and will be enlarged, which blurs: {_some(small)}."
+            f"{resolution} pixels and will be enlarged, which blurs: {some_of(small)}."
         )
     areas = sorted((picture.width * picture.height, picture.path.name) for picture in pictures)
     if areas and areas[-1][0] > LARGE_SPREAD * areas[0][0]:
@@ -102,7 +102,7 @@ def _about_sizes(pictures: Sequence[Picture], resolution: int) -> list[str]:
     long = [p for p in pictures if max(p.width, p.height) > LONG_SHAPE * min(p.width, p.height)]
     if long:
         counted = _count(len(long), "picture is", "pictures are")
-        said.append(f"{counted} very long or tall and will be cropped much: {_some(long)}.")
+        said.append(f"{counted} very long or tall and will be cropped much: {some_of(long)}.")
     return said
 
 
@@ -110,7 +110,7 @@ def _about_notes(pictures: Sequence[Picture]) -> list[str]:
     said = []
     for note, words in _ABOUT_NOTES.items():
         if having := [picture for picture in pictures if note in picture.notes]:
-            said.append(f"{words}: {_some(having)}.")
+            said.append(f"{words}: {some_of(having)}.")
     shown = {*_ABOUT_NOTES, EMPTY_CAPTION}
     for picture in pictures:
         said += [f"{picture.path.name}: {note}." for note in picture.notes if note not in shown]
@@ -126,7 +126,7 @@ def _count(number: int, one: str, many: str) -> str:
     return f"{number} {one if number == 1 else many}"
 
 
-def _some(listed: Sequence[Picture | Refused], most: int = 4) -> str:
+def some_of(listed: Sequence[Picture | Refused], most: int = 4) -> str:
     """Up to four names, and how many more there are."""
     names = ", ".join(entry.path.name for entry in listed[:most])
     return f"{names} and {len(listed) - most} more" if len(listed) > most else names

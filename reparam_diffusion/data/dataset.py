@@ -11,6 +11,7 @@ import torch
 
 from reparam_diffusion.data.buckets import Size, bucket_sizes, choose_bucket, square
 from reparam_diffusion.data.images import Picture
+from reparam_diffusion.data.masks import Mask
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.maths.chance import generator
 
@@ -18,13 +19,32 @@ LEAST_FOR_HELD_OUT = 8
 
 
 @dataclass(frozen=True)
+class Part:
+    """One set's share of a dataset: its pictures with their captions and masks, and how all of them are shown."""
+
+    pictures: Sequence[Picture]
+    captions: Sequence[str]
+    masks: Sequence[Mask | None]
+    repeats: int = 1
+    flip: bool = False
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Item:
-    """A picture with its caption and the size (width, height in pixels) it is trained at."""
+    """A picture with its caption and the size (width, height in pixels) it is trained at.
+
+    `weight` multiplies its loss, `repeats` is how often it comes in one pass, `part` the number of its set.
+    """
 
     picture: Picture
     caption: str
     size: Size
     flipped_ok: bool
+    mask: Mask | None = None
+    weight: float = 1.0
+    repeats: int = 1
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,22 +63,30 @@ class Dataset:
 
     train: tuple[Item, ...]
     held_out: tuple[Item, ...]
-    repeats: int = 1
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of `train`, one group a size."""
+        """Indices of `train`, one group a size, each as often as its picture is repeated."""
         sizes = sorted({item.size for item in self.train})
-        return tuple(tuple(i for i, item in enumerate(self.train) if item.size == size) for size in sizes)
+        return tuple(self._repeated([i for i, item in enumerate(self.train) if item.size == size]) for size in sizes)
+
+    def _repeated(self, group: Sequence[int]) -> tuple[int, ...]:
+        most = max(self.train[i].repeats for i in group)
+        return tuple(i for turn in range(most) for i in group if turn < self.train[i].repeats)
+
+    @property
+    def shown(self) -> int:
+        """Pictures in one pass, repeats counted."""
+        return sum(item.repeats for item in self.train)
 
     def passes(self, batch: int) -> int:
         """Epochs in one round: the fewest after which every bucket has given whole batches and nothing is left over."""
-        shares = (batch // math.gcd(len(group) * self.repeats, batch) for group in self.groups)
+        shares = (batch // math.gcd(len(group), batch) for group in self.groups)
         return math.lcm(*shares)
 
     def batches(self, batch: int) -> int:
         """Batches in one round; each picture comes exactly repeats · passes(batch) times in it."""
-        return len(self.train) * self.repeats * self.passes(batch) // batch
+        return self.shown * self.passes(batch) // batch
 
     def batch_at(
         self,
@@ -82,7 +110,7 @@ class Dataset:
         place = micro * ranks + rank
         number, at = divmod(step * accumulation * ranks + place, self.batches(batch))
         passes = self.passes(batch)
-        items = _round(self.groups, number, repeats=self.repeats, passes=passes, batch=batch, seed=seed)[at]
+        items = _round(self.groups, number, passes=passes, batch=batch, seed=seed)[at]
         first = place * batch
         return [self._drawn(item, seed, step, first + i, caption_dropout) for i, item in enumerate(items)]
 
@@ -93,47 +121,68 @@ class Dataset:
 
 
 def build_dataset(
-    pictures: Sequence[Picture],
-    captions: Sequence[str],
+    parts: Sequence[Part],
     *,
     resolution: int,
     step: int,
     buckets: bool = True,
-    repeats: int = 1,
-    flip: bool = False,
     held_out: int = 0,
     seed: int = 0,
 ) -> Dataset:
-    """Pictures with their captions, sorted into buckets; `held_out` of them, at most a quarter, are kept out.
+    """All sets' pictures in buckets; `held_out` of them, at most a quarter, are kept out, of each set its share.
 
     `step` is what a side must be a multiple of, in pixels.
     """
-    if len(pictures) != len(captions):
-        raise ValueError("one caption a picture")
-    if held_out and len(pictures) < LEAST_FOR_HELD_OUT:
+    total = sum(len(part.pictures) for part in parts)
+    if held_out and total < LEAST_FOR_HELD_OUT:
         raise UserError(
             "Pictures cannot be held out.",
-            f"That needs at least {LEAST_FOR_HELD_OUT} pictures, and there are {len(pictures)}.",
+            f"That needs at least {LEAST_FOR_HELD_OUT} pictures, and there are {total}.",
             "Set data.held_out to 0, or add pictures.",
             place="data.held_out",
         )
     sizes = bucket_sizes(resolution, step) if buckets else (square(resolution, step),)
-    items = [
-        Item(picture, caption, choose_bucket(picture.width, picture.height, sizes), flip)
-        for picture, caption in zip(pictures, captions, strict=True)
+    shares = _shares([len(part.pictures) for part in parts], min(held_out, total // 4))
+    train: list[Item] = []
+    kept_out: list[Item] = []
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        names = ("held out", number) if number else ("held out",)
+        order = torch.randperm(len(part.pictures), generator=generator(seed, *names)).tolist()
+        out = set(order[:share])
+        for i, item in enumerate(_items(part, number, sizes)):
+            (kept_out if i in out else train).append(item)
+    return Dataset(tuple(train), tuple(kept_out))
+
+
+def _items(part: Part, number: int, sizes: Sequence[Size]) -> list[Item]:
+    return [
+        Item(
+            picture,
+            caption,
+            choose_bucket(picture.width, picture.height, sizes),
+            part.flip,
+            mask,
+            part.weight,
+            part.repeats,
+            number,
+        )
+        for picture, caption, mask in zip(part.pictures, part.captions, part.masks, strict=True)
     ]
-    order = torch.randperm(len(items), generator=generator(seed, "held out")).tolist()
-    out = set(order[: min(held_out, len(items) // 4)])
-    return Dataset(
-        train=tuple(item for i, item in enumerate(items) if i not in out),
-        held_out=tuple(item for i, item in enumerate(items) if i in out),
-        repeats=repeats,
-    )
+
+
+def _shares(counts: Sequence[int], wanted: int) -> list[int]:
+    """`wanted` shared out in proportion to the counts, the rest to the largest remainders; one of each set stays."""
+    total = sum(counts)
+    shares = [wanted * count // total for count in counts]
+    larger = [i for i, count in enumerate(counts) if shares[i] + 1 < count]
+    for i in sorted(larger, key=lambda i: (-(wanted * counts[i] % total), i))[: wanted - sum(shares)]:
+        shares[i] += 1
+    return shares
 
 
 @lru_cache(maxsize=4)
 def _round(
-    groups: tuple[tuple[int, ...], ...], number: int, *, repeats: int, passes: int, batch: int, seed: int
+    groups: tuple[tuple[int, ...], ...], number: int, *, passes: int, batch: int, seed: int
 ) -> tuple[tuple[int, ...], ...]:
     """All batches of one round: each bucket's epochs, shuffled one by one and cut; the buckets take drawn turns."""
     waiting: list[list[tuple[int, ...]]] = []
@@ -141,8 +190,8 @@ def _round(
     for g, group in enumerate(groups):
         stream: list[int] = []
         for epoch in range(number * passes, (number + 1) * passes):
-            order = torch.randperm(len(group) * repeats, generator=generator(seed, "epoch", epoch, g)).tolist()
-            stream += [group[at % len(group)] for at in order]
+            order = torch.randperm(len(group), generator=generator(seed, "epoch", epoch, g)).tolist()
+            stream += [group[at] for at in order]
         waiting.append([tuple(stream[at : at + batch]) for at in range(0, len(stream), batch)])
         turns += [g] * len(waiting[-1])
     order = torch.randperm(len(turns), generator=generator(seed, "turns", number)).tolist()

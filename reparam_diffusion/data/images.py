@@ -17,7 +17,7 @@ from typing import Final
 from PIL import Image, UnidentifiedImageError
 
 from reparam_diffusion.data import rgb
-from reparam_diffusion.data.sidecars import find_sidecar, read_caption
+from reparam_diffusion.data.sidecars import MASK_ENDING, find_mask, find_sidecar, is_mask, read_caption
 from reparam_diffusion.errors import UserError
 
 MOST_MEGAPIXELS = 120
@@ -57,6 +57,8 @@ class Picture:
     hash: str
     caption: str | None = None
     notes: tuple[str, ...] = ()
+    mask: Path | None = None
+    """The mask that lies beside it."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,15 @@ class Refused:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
+    """A picture upright as 8-bit RGB, see-through parts on white; `alpha` (mode L) where there are any.
+
+    `turn` is what made it upright, None when it was so.
+    """
+
     image: Image.Image
+    alpha: Image.Image | None
+    turn: Image.Transpose | None
     hash: str
     notes: tuple[str, ...]
 
@@ -79,7 +88,7 @@ def find_pictures(source: str | Path | Sequence[str | Path], *, least_side: int)
 
     `least_side` is the fewest pixels a shorter side may have. Raises UserError when nothing usable is left.
     """
-    files = _files_of(source)
+    files = files_of(source)
     pictures: list[Picture] = []
     refused: list[Refused] = []
     first_with: dict[str, str] = {}
@@ -104,23 +113,33 @@ def find_pictures(source: str | Path | Sequence[str | Path], *, least_side: int)
 
 def open_picture(path: str | Path) -> Image.Image:
     """The picture upright, as 8-bit RGB, see-through parts on white. Raises UserError when it cannot be read."""
-    return _open(Path(path)).image
+    return open_file(Path(path)).image
 
 
 def open_again(picture: Picture) -> Image.Image:
     """The picture found before. Raises UserError when its file has changed since."""
-    opened = _open(picture.path)
-    if opened.hash != picture.hash:
+    return unchanged(open_file(picture.path), picture.path, picture.hash).image
+
+
+def unchanged(opened: Opened, path: Path, known: str) -> Opened:
+    """What was opened, when its hash is the known one. Raises UserError when the file has changed since."""
+    if opened.hash != known:
         raise UserError(
-            f"{picture.path.name} has changed.",
+            f"{path.name} has changed.",
             "Its file is not the one this run began with.",
             "Put the old file back, or start a new run.",
         )
-    return opened.image
+    return opened
 
 
-def _files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files to look at, in natural order for a folder, as given for a list."""
+def files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files to look at, in natural order for a folder, as given for a list. Masks beside pictures are none."""
+    files = _listed(source)
+    stems = {file.stem for file in files}
+    return [file for file in files if not (is_mask(file) and file.stem.removesuffix(MASK_ENDING) in stems)]
+
+
+def _listed(source: str | Path | Sequence[str | Path]) -> list[Path]:
     if isinstance(source, str | Path):
         if not str(source).strip():
             raise UserError("No pictures were chosen.", do="Choose a folder or some files.", place="data.images")
@@ -162,7 +181,7 @@ def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
 
 def _look_at(file: Path, least_side: int) -> Picture:
     """What there is to know about one picture; decodes it whole, so that what is found here also opens later."""
-    opened = _open(file)
+    opened = open_file(file)
     width, height = opened.image.size
     if min(width, height) < least_side:
         raise UserError(
@@ -170,7 +189,7 @@ def _look_at(file: Path, least_side: int) -> Picture:
             f"It is {width} × {height} pixels, and the shorter side needs at least {least_side}.",
             "Use a larger picture.",
         )
-    picture = Picture(file, width, height, opened.hash, None, opened.notes)
+    picture = Picture(file, width, height, opened.hash, None, opened.notes, find_mask(file))
     sidecar = find_sidecar(file)
     if sidecar is None:
         return picture
@@ -183,7 +202,7 @@ def _look_at(file: Path, least_side: int) -> Picture:
     return replace(picture, caption=caption)
 
 
-def _open(file: Path) -> _Opened:
+def open_file(file: Path) -> Opened:
     """Open, turn and convert. Every way a file can be bad becomes a UserError."""
     if not file.is_file():  # also keeps pipes and devices from being read
         why = "It is not there." if not file.exists() else "It is not a file."
@@ -207,7 +226,7 @@ def _open(file: Path) -> _Opened:
             raise _refusal(file, "It is damaged or cut short.", "Copy it anew or save it again.") from None
 
 
-def _decode(file: Path, raw: io.BufferedReader) -> _Opened:
+def _decode(file: Path, raw: io.BufferedReader) -> Opened:
     formats = list(_FORMATS)
     if _register_heif():
         formats.append("HEIF")
@@ -219,14 +238,14 @@ def _decode(file: Path, raw: io.BufferedReader) -> _Opened:
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a phone's JPEG with extras
             notes.append(FIRST_FRAME if image.format in ("GIF", "WEBP", "PNG", "AVIF") else "first page of several")
         image.load()
-        turned, was_turned = rgb.upright(image)
-        flat, was_see_through = rgb.to_rgb(turned)
-    if was_turned:
+        turn = rgb.turn_of(image)
+        flat, alpha = rgb.to_rgb(image if turn is None else image.transpose(turn))
+    if turn is not None:
         notes.append(TURNED)
-    if was_see_through:
+    if alpha is not None:
         notes.append(ON_WHITE)
     raw.seek(0)
-    return _Opened(flat, hashlib.file_digest(raw, "sha256").hexdigest(), tuple(notes))
+    return Opened(flat, alpha, turn, hashlib.file_digest(raw, "sha256").hexdigest(), tuple(notes))
 
 
 def _register_heif() -> bool:

@@ -19,27 +19,26 @@ _TURNS = {
 }
 
 
-def upright(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as it was meant to be seen, and whether it had to be turned. Broken EXIF data count as none."""
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright, None when it is so already. Broken EXIF data count as none."""
     try:
-        turn = _TURNS.get(image.getexif().get(0x0112, 1))
+        return _TURNS.get(image.getexif().get(0x0112, 1))
     except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError):
-        return image, False
-    return (image.transpose(turn), True) if turn is not None else (image, False)
+        return None
 
 
-def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
-    """The picture as 8-bit RGB in sRGB, and whether see-through parts were laid on white."""
+def to_rgb(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The picture as 8-bit RGB in sRGB, see-through parts on white, and its alpha (mode L; None when all is solid)."""
     if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(image).convert("RGB"), False
+        return _eight_bits(image).convert("RGB"), None
     if image.mode == "La":
         image = image.convert("LA")
     if not image.has_transparency_data:
-        return _to_srgb(image, "RGB"), False
+        return _to_srgb(image, "RGB"), None
     clear = _to_srgb(image.convert("RGBA"), "RGBA")
     white = Image.new("RGBA", clear.size, "white")
-    is_see_through = clear.getchannel("A").getextrema() != (255, 255)
-    return Image.alpha_composite(white, clear).convert("RGB"), is_see_through
+    alpha = clear.getchannel("A")
+    return Image.alpha_composite(white, clear).convert("RGB"), None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

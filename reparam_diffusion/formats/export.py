@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from reparam_diffusion.adapters.foreign import Full
 from reparam_diffusion.adapters.oft import Oft
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
+from reparam_diffusion.formats.bundled import write_beside
 from reparam_diffusion.formats.changes import change_of
 from reparam_diffusion.formats.header import public
 from reparam_diffusion.formats.names import Family, Parts, module_at
@@ -26,6 +27,7 @@ from reparam_diffusion.formats.read import PADDING, AdapterFile, Site, read_adap
 from reparam_diffusion.formats.write import AdapterWriter, Precision
 from reparam_diffusion.maths.change import distance
 from reparam_diffusion.maths.lowrank import relative
+from reparam_diffusion.models.words import Word
 
 Target = Literal["lycoris", "a1111", "diffusers", "peft"]
 TARGETS: dict[str, str] = {
@@ -88,6 +90,8 @@ def export_adapter(
     if not located:
         why = f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else ""
         raise UserError(f"{file.file.name} does not fit this base model.", why, "Name the base it was made for.")
+    words, others = file.words_for(parts)
+    left += others
     rewritten: Counter[str] = Counter()
     adapters = _Adapted(file, located, parts=parts, target=target, rewritten=rewritten)
     if target == "diffusers":
@@ -100,6 +104,7 @@ def export_adapter(
             for number, (site, adapter) in enumerate(adapters, 1):
                 writer.add(site, adapter)
                 yield number, 2 * len(located), f"writing {site}"
+            writer.add_words(words)
             writer.finish(header)
     rounding = 0.0
     for number, error in enumerate(_errors(located, out, parts), 1):
@@ -107,6 +112,8 @@ def export_adapter(
         yield len(located) + number, 2 * len(located), "reading it back"
     readings = _readings(out, parts, family, target)
     notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(out)
+    if target != "lycoris":
+        notes += _put_words_beside(out, words, family)
     done = Exported(out, target, precision, len(located), rounding, dict(rewritten), readings, tuple(notes))
     write_whole(proof_beside(out), json.dumps(done.to_dict(), indent=1))
     yield done
@@ -186,6 +193,15 @@ def _readings(out: Path, parts: Parts, family: Family, target: Target) -> tuple[
         return (diffusers_reading(out, parts),)
     by_diffusers = [diffusers_reading(out, parts)] if read_adapter(out).method == "lora" else []
     return (lycoris_reading(out, parts, family), *by_diffusers)
+
+
+def _put_words_beside(out: Path, words: Sequence[Word], family: Family) -> list[str]:
+    """Learned words in files of their own, for programs that read none inside an adapter's; a sentence for each."""
+    files = write_beside(out, words, family)
+    return [
+        f'The learned word "{word.text}" is in {file.name}, a textual inversion: load it beside the adapter.'
+        for word, file in zip(words, files, strict=True)
+    ]
 
 
 def _notes(out: Path) -> list[str]:

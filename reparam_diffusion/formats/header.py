@@ -22,14 +22,28 @@ _VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 
 
 @dataclass(frozen=True)
+class SetFacts:
+    """One set of pictures as a header tells it: its words, and how many pictures have each tag or caption."""
+
+    trigger: str = ""
+    class_word: str = ""
+    pictures: int = 0
+    repeats: int = 1
+    tags: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """What calls it."""
+        return " ".join(word for word in (self.trigger, self.class_word) if word)
+
+
+@dataclass(frozen=True)
 class TrainingFacts:
     """What a file's header tells about how it was made. Times are Unix seconds; sizes are pixels."""
 
     name: str
     method: str
     family: Family
-    trigger: str = ""
-    class_word: str = ""
     title: str = ""
     description: str = ""
     author: str = ""
@@ -74,18 +88,18 @@ class TrainingFacts:
     shuffle_captions: bool = False
     keep_tokens: int = 0
     flip: bool = False
-    pictures: int = 0
+    sets: tuple[SetFacts, ...] = (SetFacts(),)
+    """The main one first."""
     held_out: int = 0
     class_pictures: int = 0
-    repeats: int = 1
-    tags: Mapping[str, int] = field(default_factory=dict)
-    """Tag or caption -> how many pictures have it."""
     buckets: Mapping[tuple[int, int], int] = field(default_factory=dict)
     """(width, height) -> pictures."""
     started_at: float = 0.0
     finished_at: float = 0.0
     software: str = "Reparam Diffusion"
     software_version: str = ""
+    started_from: str = ""
+    """The adapter that it was trained on from, with the hash of its tensors."""
     config_toml: str = ""
 
 
@@ -104,12 +118,14 @@ def family_keys(family: Family, *, is_v_prediction: bool = False) -> dict[str, s
 
 def build_header(facts: TrainingFacts) -> dict[str, str]:
     """The whole header but its hashes, which `write_adapter` takes from the bytes it writes."""
-    folder = f"{facts.repeats}_{' '.join(word for word in (facts.trigger, facts.class_word) if word) or facts.name}"
     header: dict[str, str] = family_keys(facts.family, is_v_prediction=facts.is_v_prediction)
-    header |= _network(facts) | _training(facts) | _data(facts, folder) | _modelspec(facts)
-    if facts.trigger:
-        header["ss_trigger_words"] = header["trigger_words"] = facts.trigger
-        header["modelspec.trigger_phrase"] = " ".join(word for word in (facts.trigger, facts.class_word) if word)
+    header |= _network(facts) | _training(facts) | _data(facts) | _modelspec(facts)
+    called = [one for one in facts.sets if one.trigger]
+    if called:
+        header["ss_trigger_words"] = header["trigger_words"] = ", ".join(dict.fromkeys(one.trigger for one in called))
+        header["modelspec.trigger_phrase"] = ", ".join(dict.fromkeys(one.words for one in called))
+    if facts.started_from:
+        header["reparam_started_from"] = facts.started_from
     if facts.config_toml:
         header["reparam_config"] = facts.config_toml
     header["reparam_method"] = facts.method
@@ -170,13 +186,27 @@ def _training(facts: TrainingFacts) -> dict[str, str]:
     return {key: str(value) for key, value in values.items()}
 
 
-def _data(facts: TrainingFacts, folder: str) -> dict[str, str]:
+def _folders(facts: TrainingFacts) -> dict[str, SetFacts]:
+    """The sets under the folder names that kohya gives them: "10_sks toy"."""
+    folders: dict[str, SetFacts] = {}
+    for one in facts.sets:
+        plain = name = f"{one.repeats}_{one.words or facts.name}"
+        number = 1
+        while name in folders:
+            number += 1
+            name = f"{plain} {number}"
+        folders[name] = one
+    return folders
+
+
+def _data(facts: TrainingFacts) -> dict[str, str]:
+    folders = _folders(facts)
     buckets = {
         str(number): {"resolution": list(size), "count": count}
         for number, (size, count) in enumerate(sorted(facts.buckets.items()))
     }
     values: dict[str, object] = {
-        "ss_num_train_images": facts.pictures * facts.repeats,
+        "ss_num_train_images": sum(one.pictures * one.repeats for one in facts.sets),
         "ss_num_validation_images": facts.held_out,
         "ss_num_reg_images": facts.class_pictures,
         "ss_resolution": facts.resolution,
@@ -186,8 +216,10 @@ def _data(facts: TrainingFacts, folder: str) -> dict[str, str]:
         "ss_enable_bucket": bool(buckets),
     }
     return {key: str(value) for key, value in values.items()} | {
-        "ss_dataset_dirs": json.dumps({folder: {"n_repeats": facts.repeats, "img_count": facts.pictures}}),
-        "ss_tag_frequency": json.dumps({folder: dict(facts.tags)}, ensure_ascii=False),
+        "ss_dataset_dirs": json.dumps(
+            {name: {"n_repeats": one.repeats, "img_count": one.pictures} for name, one in folders.items()}
+        ),
+        "ss_tag_frequency": json.dumps({name: dict(one.tags) for name, one in folders.items()}, ensure_ascii=False),
         "ss_bucket_info": json.dumps({"buckets": buckets}),
     }
 

@@ -76,7 +76,7 @@ def parse_key(key: str, *, part: str = "") -> Key | str:
     if key.startswith("lora_te3_"):
         return "it is for a third text encoder, which Stable Diffusion 1, 2 and XL lack"
     if key.startswith("bundle_emb."):
-        return "it is a textual inversion packed into the file, which is not read"
+        return "it is a textual inversion packed into the file, no layer"
     return _dotted(key, part)
 
 

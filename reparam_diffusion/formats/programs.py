@@ -37,6 +37,10 @@ FORMS: dict[str, dict[str, str]] = {
     },
     "weight decomposition on inputs": {"LyCORIS": "cannot read it", "diffusers": "drops it", "kohya": "ignores it"},
     "layers without alpha": {"LyCORIS": "cannot read it", "kohya": "takes the rank, as we do"},
+    "a learned word": {
+        "LyCORIS": "ignores the word", "ComfyUI": "ignores the word", "diffusers": "refuses it",
+        "kohya": "ignores the word",
+    },
     "alphas that differ": {"diffusers": "uses the commonest alpha in attention layers"},
 }  # fmt: skip
 """What a file may hold -> what goes wrong in which program; a program that is not named reads it rightly."""

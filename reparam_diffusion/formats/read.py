@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.adapters.foreign import forms_of, read_forms
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.bundled import PREFIX, fitting, unbundled
 from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
 from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
 from reparam_diffusion.formats.load import Piece, open_pieces
 from reparam_diffusion.formats.mapped import Mapped
 from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, module_at, spellings
 from reparam_diffusion.formats.peft_config import complete, refuse_unknown
+from reparam_diffusion.models.words import Word
 
 Unmatched = list[tuple[str, str]]
 """Names of a file's tensors or layers, each with a plain sentence why it is left out."""
@@ -75,6 +77,8 @@ class AdapterFile:
     unmatched: Unmatched
     _sites: dict[str, Site]
     _maps: tuple[Mapped, ...] = ()
+    words: tuple[Word, ...] = ()
+    """The learned words that come with it."""
 
     def let_go(self) -> None:
         """Free the memory that reading layers has taken so far; what is needed again is read again."""
@@ -106,7 +110,7 @@ class AdapterFile:
     @property
     def trigger(self) -> str:
         """The words that call it, when the file says so."""
-        return guess_trigger(self.metadata)
+        return guess_trigger(self.metadata) or ", ".join(word.text for word in self.words)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -121,6 +125,10 @@ class AdapterFile:
             raise UserError(f"{self.file.name} does not change {site}.") from None
         except ValueError as error:
             raise UserError(f"{self.file.name} does not fit {site}.", f"{error}.") from None
+
+    def words_for(self, parts: Parts) -> tuple[list[Word], Unmatched]:
+        """The learned words that a model's text encoders can read, and the others with why."""
+        return fitting(self.words, parts)
 
     def match(self, parts: Parts) -> tuple[dict[str, Adapter], Unmatched]:
         """Adapters by live site, and what was left out with why. Nothing is left out in silence."""
@@ -154,9 +162,13 @@ def read_adapter(path: Path | str) -> AdapterFile:
     path = Path(path)
     pieces = open_pieces(path)
     unmatched: Unmatched = []
+    words: list[Word] = []
     sites: dict[str, Site] = {}
     for piece in pieces:
         refuse_unknown(piece.config, path.name)
+        found, left = unbundled(piece.tensors)
+        words += found
+        unmatched += left
         for site in _sites_of(piece, unmatched):
             # LDM names of a UNet with another number of layers a block may collide when turned without the model.
             name = site.name if site.name not in sites else f"{site.part}.{site.flat}"
@@ -170,7 +182,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
         why, do = (told[0], "Check the file.") if told else what_instead(pieces[0].tensors)
         raise UserError(f"{path.name} is not an adapter that can be read.", why, do)
     maps = tuple(piece.mapped for piece in pieces if piece.mapped is not None)
-    return AdapterFile(path, metadata, unmatched, sites, maps)
+    return AdapterFile(path, metadata, unmatched, sites, maps, tuple(words))
 
 
 def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
@@ -178,6 +190,8 @@ def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
     gathered: dict[tuple[str, str], Site] = {}
     padding = _padding_of(piece.metadata)
     for key, tensor in piece.tensors.items():
+        if key.startswith(PREFIX):
+            continue
         parsed = parse_key(key, part=piece.part)
         if isinstance(parsed, str):
             unmatched.append((key, parsed))

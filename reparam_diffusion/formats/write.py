@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -17,11 +17,13 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.adapters.foreign import Full, Stack
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.formats.bundled import bundled
 from reparam_diffusion.formats.changes import change_of
 from reparam_diffusion.formats.container import TensorFile
 from reparam_diffusion.formats.header import family_keys
 from reparam_diffusion.formats.names import Family, Parts, kohya_key, layout_of, module_at
 from reparam_diffusion.formats.read import PADDING
+from reparam_diffusion.models.words import Word
 
 Precision = Literal["fp32", "fp16", "bf16"]
 Leaves = dict[str, Tensor]
@@ -39,6 +41,7 @@ def write_adapter(
     precision: Precision = "fp16",
     metadata: Mapping[str, str] | None = None,
     as_diff: bool = False,
+    words: Sequence[Word] = (),
 ) -> Path:
     """Write adapters by live site into one .safetensors file, whole or not at all; LoRA layers get the commonest alpha.
 
@@ -55,6 +58,7 @@ def write_adapter(
     ) as writer:
         for site, adapter in adapters.items():
             writer.add(site, adapter)
+        writer.add_words(words)
         return writer.finish(metadata or {})
 
 
@@ -102,6 +106,12 @@ class AdapterWriter:
             _give_alpha(leaves, self._alpha)
         self._sites[site] = is_lora
         return self._put(site, leaves)
+
+    def add_words(self, words: Sequence[Word]) -> None:
+        """Write learned words in A1111's bundle form, which other programs than A1111 leave out."""
+        for word in words:
+            for key, tensor in bundled(word, self.family).items():
+                self._file.add(key, cast_leaf(tensor, "vector", f'of the word "{word.text}"', self.precision))
 
     def finish(self, metadata: Mapping[str, str]) -> Path:
         """Put the file in its place. Raises UserError when no layer was written."""

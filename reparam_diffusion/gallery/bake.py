@@ -16,6 +16,7 @@ from torch import Tensor
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import folder_beside
+from reparam_diffusion.formats.bundled import write_beside
 from reparam_diffusion.formats.checkpoint import Named, Weights, live_weights, original_names
 from reparam_diffusion.formats.container import TensorFile
 from reparam_diffusion.formats.load import FOLDERS
@@ -35,11 +36,13 @@ def bake(
     """Save the model with adapters merged in; yields progress, then the path. Closing it early leaves nothing.
 
     "checkpoint" is one .safetensors with the original Stable Diffusion names, which programs open as a base model.
+    Learned words have no place in a model: each is put beside it as a textual inversion, <name>-embedding.safetensors.
     Raises UserError when `out` is taken, and where an adapter brings a bias to a layer that has none.
     """
     if out.exists():
         raise UserError(f"{out} exists already.", "A model is never overwritten.", "Name another place.")
     opened = Opened(sources, Base(model.parts, model.family, model.name))
+    words = opened.words
     merged = _Merged(model, opened)
     header = {"format": "pt", "modelspec.title": out.stem, "modelspec.merged_from": _recipe(model, opened)}
     if kind == "checkpoint":
@@ -53,6 +56,7 @@ def bake(
     with closing(names):
         for number, name in enumerate(names, 1):
             yield Progress(min(number, count), count, name)
+    write_beside(out, words, model.family)
     yield out
 
 

@@ -62,6 +62,8 @@ class Diagnosis:
     dtypes: Mapping[str, int]
     metadata: int
     """Header entries."""
+    words: Mapping[str, int]
+    """Learned words and how many vectors each has."""
     findings: tuple[Finding, ...]
     verdicts: tuple[Verdict, ...]
     left_out: tuple[tuple[str, str], ...] = field(default=())
@@ -81,6 +83,7 @@ def diagnose(path: Path, model: Model | None = None) -> Diagnosis:
     file = read_adapter(path)
     base, certainty = base_of(file, model)
     located, left = file.locate(base.parts)
+    left += file.words_for(base.parts)[1]
     names = list(located.values()) if located else list(file.layers.values())
     kinds = Counter(site.kinds()[0] for site in names)
     alphas = Counter(_alpha(site) for site in names if "alpha" in site.leaves)
@@ -90,6 +93,8 @@ def diagnose(path: Path, model: Model | None = None) -> Diagnosis:
     traits = {trait for site in names for trait in traits_of(site.kinds()[0], site.leaves)}
     if len(alphas) > 1 and kinds["lora"]:
         traits.add("alphas that differ")
+    if file.words:
+        traits.add("a learned word")
     findings, fitting = _findings(file, located, base)
     if left:
         mend = "Use it with the base it was made for; what has no place is left out."
@@ -109,6 +114,7 @@ def diagnose(path: Path, model: Model | None = None) -> Diagnosis:
         alphas=dict(sorted(alphas.items())),
         dtypes=dict(dtypes),
         metadata=len(file.metadata),
+        words={word.text: word.count for word in file.words},
         findings=tuple(findings),
         verdicts=tuple(readers(sorted(traits), names_of((site.key for site in names), base.family))),
         left_out=tuple(left),
@@ -243,6 +249,7 @@ def repair(
                 writer.add(live, site.adapter(module_at(base.parts, live)))
             file.let_go()
             yield Progress(number, len(located), live)
+        writer.add_words(file.words_for(base.parts)[0])
         try:
             writer.finish(kept)
         except UserError as error:
@@ -266,6 +273,7 @@ def diagnosis_lines(found: Diagnosis) -> list[str]:
         lines.append(f"Ranks     {_spread(found.ranks)}")
     if found.alphas:
         lines.append(f"Alphas    {_spread({f'{alpha:g}': count for alpha, count in found.alphas.items()})}")
+    lines += [f'Learned   the word "{word}", {count} vectors' for word, count in found.words.items()]
     lines.append("Healthy   " + ("yes" if found.is_healthy else "no"))
     for finding in found.findings:
         lines.append(

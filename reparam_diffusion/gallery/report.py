@@ -52,6 +52,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
         "base": "starter" if base_model == STARTER else file.base,
         "base_model": base_model,
         "trigger": file.trigger,
+        "words": {word.text: word.count for word in file.words},
         "alpha": metadata.get("ss_network_alpha", ""),
         "layers": len(file.sites),
         "layers_by_part": dict(Counter(site.partition(".")[0] for site in file.sites)),
@@ -100,6 +101,11 @@ def ranks_told(report: Report) -> str:
     return f"{min(ranks)} to {max(ranks)}, {sum(ranks) / len(ranks):.1f} on average"
 
 
+def words_told(report: Report) -> str:
+    """The learned words: "sks (2 vectors)"."""
+    return ", ".join(f"{word} ({count} vector{'' if count == 1 else 's'})" for word, count in report["words"].items())
+
+
 def report_lines(report: Report) -> list[str]:
     """The report as lines of plain text."""
     parts = ", ".join(f"{count} in the {PART_NAMES.get(p, p)}" for p, count in report["layers_by_part"].items())
@@ -112,6 +118,7 @@ def report_lines(report: Report) -> list[str]:
         f"Method    {method}",
         f"Base      {base}",
         f"Trigger   {report['trigger'] or 'not said'}",
+        *([f"Learned   {words_told(report)}"] if report["words"] else []),
         f"Layers    {report['layers']}: {parts}",
         f"Ranks     {ranks_told(report)}",
     ]

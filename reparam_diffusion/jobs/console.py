@@ -49,6 +49,8 @@ def _lines(event: e.Event, folder: Path) -> list[str]:
     match event:
         case e.Launched():
             return [f"Run {folder.name}"]
+        case e.Started():
+            return event.sets
         case e.Warned():
             return [f"Note: {event.message}"]
         case e.Validated():

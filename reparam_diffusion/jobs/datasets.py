@@ -14,7 +14,8 @@ import tomlkit
 
 from reparam_diffusion.config import read_settings
 from reparam_diffusion.data.images import Picture, Refused, find_pictures
-from reparam_diffusion.data.sidecars import read_caption
+from reparam_diffusion.data.masks import mask_files
+from reparam_diffusion.data.sidecars import MASK_ENDING, is_mask, read_caption
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.shelf import make_slug
 
@@ -73,11 +74,24 @@ def sort_files(files: Sequence[Path]) -> PictureSet:
     texts = [file for file in files if file.suffix.lower() in CAPTIONS]
     pictures, refused = find_pictures([file for file in files if file not in texts], least_side=LEAST_SIDE)
     by_name = {file.stem.lower(): file for file in texts}
-    captioned = []
+    masks = {file.stem.lower(): file for file in files if is_mask(file)}
+    completed = []
     for picture in pictures:
-        text = by_name.get(picture.path.stem.lower()) or by_name.get(picture.path.name.lower())
-        captioned.append(replace(picture, caption=(read_caption(text) if text else "") or None))
-    return PictureSet(tuple(captioned), tuple(refused))
+        stem = picture.path.stem.lower()
+        text = by_name.get(stem) or by_name.get(picture.path.name.lower())
+        caption = (read_caption(text) if text else "") or None
+        completed.append(replace(picture, caption=caption, mask=masks.get(f"{stem}{MASK_ENDING}")))
+    return PictureSet(tuple(completed), tuple(refused))
+
+
+def with_masks(chosen: PictureSet, folder: str) -> PictureSet:
+    """The set with a folder's masks beside its pictures. Raises UserError naming the pictures that have none.
+
+    Pictures are renamed when they come into the workspace, so names are compared as they are written there.
+    """
+    files = mask_files(chosen.pictures, folder, place="data.masks", spelled=make_slug)
+    pictures = tuple(replace(picture, mask=file) for picture, file in zip(chosen.pictures, files, strict=True))
+    return replace(chosen, pictures=pictures)
 
 
 def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureSet:
@@ -133,7 +147,11 @@ def write_set(chosen: PictureSet, folder: Path) -> PictureSet:
         shutil.copyfile(picture.path, target)
         if picture.caption is not None:
             target.with_suffix(".txt").write_text(picture.caption + "\n", encoding="utf-8")
-        written.append(replace(picture, path=target))
+        mask = None
+        if picture.mask is not None:
+            mask = folder / f"{name}{MASK_ENDING}{picture.mask.suffix.lower()}"
+            shutil.copyfile(picture.mask, mask)
+        written.append(replace(picture, path=target, mask=mask))
     about = tomlkit.document()
     for key, value in vars(chosen.about).items():
         about.add(key, value)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -43,15 +44,19 @@ def read(name: str | None, workspace: Path) -> PictureSet | None:
         return None
     try:
         kept = json.loads((folder / "draft.json").read_text(encoding="utf-8"))
-        pictures = [
-            Picture(**{**row, "path": folder / row["path"], "notes": tuple(row["notes"])}) for row in kept["pictures"]
-        ]
+        pictures = [_picture(row, folder) for row in kept["pictures"]]
         refused = [Refused(Path(row["path"]), row["why"]) for row in kept["refused"]]
         about = About(**kept["about"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
     (folder / "draft.json").touch()  # looked at is not forgotten
     return PictureSet(tuple(pictures), tuple(refused), about)
+
+
+def _picture(row: dict[str, Any], folder: Path) -> Picture:
+    """A picture as draft.json has it. Any: JSON's own values."""
+    mask = folder / row["mask"] if row.get("mask") else None
+    return Picture(**{**row, "path": folder / row["path"], "notes": tuple(row["notes"]), "mask": mask})
 
 
 def set_caption(name: str, workspace: Path, picture: str, caption: str, *, only_empty: bool = False) -> PictureSet:
@@ -128,7 +133,10 @@ def known(name: str, workspace: Path) -> PictureSet:
 
 def _write(folder: Path, chosen: PictureSet) -> PictureSet:
     kept = {
-        "pictures": [{**asdict(picture), "path": picture.path.name} for picture in chosen.pictures],
+        "pictures": [
+            {**asdict(picture), "path": picture.path.name, "mask": picture.mask.name if picture.mask else None}
+            for picture in chosen.pictures
+        ],
         "refused": [{"path": bad.path.name, "why": bad.why} for bad in chosen.refused],
         "about": asdict(chosen.about),
     }

@@ -94,7 +94,7 @@ class Fold:
                 self.started = event
                 self._rewind(event.first_step)
                 self.ranks = dict(event.ranks)
-                self.phase = e.Prepared("first pictures", 0, 0)  # what the loop does between this and step 1
+                self.phase = e.Prepared("first step", 0, 0)
             case e.Prepared():
                 self.phase = event
             case e.Step():

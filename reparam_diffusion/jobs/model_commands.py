@@ -43,6 +43,7 @@ def bake(
     """Save a model with adapters merged in: a diffusers folder, or a checkpoint in the original names."""
     import torch
 
+    from reparam_diffusion.formats.read import read_adapter
     from reparam_diffusion.gallery.bake import bake as work
     from reparam_diffusion.models.load import load_model
 
@@ -51,6 +52,8 @@ def bake(
     base = load_model(model, device="cpu", dtype=torch.float32)
     follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
     typer.echo(json.dumps({"model": str(out)}) if as_json else str(out))
+    if not as_json and any(read_adapter(source.file).words for source in chosen):
+        typer.echo("A model has no place for learned words: they are beside it, as -embedding.safetensors files.")
 
 
 def extract(

@@ -13,10 +13,11 @@ from typing import Literal, Self
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
+from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Launched, from_json
 from reparam_diffusion.files import new_folder, write_whole
-from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 
@@ -37,6 +38,7 @@ __all__ = [
     "read_queue",
     "state_of",
     "take_sample",
+    "with_start",
     "workspace_of",
 ]
 
@@ -46,19 +48,39 @@ REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
 
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
-    config = _with_absolute_paths(config)
+    config = _with_absolute_paths(with_start(config, workspace))
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))
     return folder
 
 
+def with_start(config: TrainConfig, workspace: Path) -> TrainConfig:
+    """The settings with the whole path of the adapter to train on from. Raises UserError when there is none."""
+    name = config.training.start_from
+    if not name:
+        return config
+    path = Path(name).expanduser()
+    try:
+        found = path if path.exists() else find(name, workspace)
+    except UserError as error:
+        raise UserError(error.what, error.why, error.do, place="training.start_from") from None
+    training = config.training.model_copy(update={"start_from": str(found.resolve())})
+    return config.model_copy(update={"training": training})
+
+
 def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    images = config.data.images
-    if isinstance(images, str):
-        absolute: str | list[str] = str(Path(images).expanduser().resolve()) if images else ""
-    else:
-        absolute = [str(Path(image).expanduser().resolve()) for image in images]
+    data = config.data
+    images = _absolute(data.images) if isinstance(data.images, str) else [_absolute(image) for image in data.images]
+    sets = [
+        one.model_copy(
+            update={
+                "images": _absolute(one.images),
+                "masks": None if one.masks is None else _masks_absolute(one.masks),
+            }
+        )
+        for one in data.sets
+    ]
     model = {
         name: str(Path(path).expanduser().resolve())
         for name, path in (("path", config.model.path), ("vae", config.model.vae))
@@ -66,10 +88,19 @@ def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "data": config.data.model_copy(update={"images": absolute}),
+            "data": data.model_copy(update={"images": images, "masks": _masks_absolute(data.masks), "sets": sets}),
             "model": config.model.model_copy(update=model),
         }
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def _masks_absolute(masks: str) -> str:
+    """data.masks with its folder's path made absolute; a word stays."""
+    return masks if masks in (ALPHA, BESIDE) else _absolute(masks)
 
 
 def workspace_of(folder: Path) -> Path:

@@ -76,8 +76,11 @@ def last_layers(model: Model, *, clip_skip: int) -> dict[str, int]:
 
 
 def time_ids(model: Model, *, original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """SDXL's size conditioning (6,): original height and width, crop top and left, target height and width; pixels."""
-    return torch.tensor([*original, *corner, *target], dtype=model.dtype, device=model.device)
+    """SDXL's size conditioning (6,): original height and width, crop top and left, target height and width; pixels.
+
+    In fp32, as the UNet takes sines of them: bf16 would round 1365 pixels to 1368.
+    """
+    return torch.tensor([*original, *corner, *target], dtype=torch.float32, device=model.device)
 
 
 def is_too_long(model: Model, caption: str) -> bool:

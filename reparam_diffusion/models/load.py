@@ -20,9 +20,11 @@ from reparam_diffusion.models.precision import pick_device, pick_precision, vae_
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.resting import Offload, Rest
 from reparam_diffusion.models.room import memory_of
+from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.single_file import load_checkpoint, load_vae
 from reparam_diffusion.models.source import find_source
 from reparam_diffusion.models.tiles import reduction_of
+from reparam_diffusion.models.words import Speech
 
 Family = Literal["sd1", "sd2", "sdxl"]
 
@@ -41,6 +43,8 @@ class Model:
     dtype: torch.dtype
     habits: Habits = field(default_factory=Habits)
     folder: Path | None = None
+    speech: Speech | None = None
+    """The new words that are on it; `models.words.set_words` changes them."""
     _resting: dict[int, Rest] = field(default_factory=dict)
     _offload: Offload | None = None
 
@@ -135,6 +139,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     vae: str | Path = "",
     prediction_type: str = "auto",
+    zero_terminal_snr: bool = False,
     base_8bit: bool = False,
     block_offload: bool = False,
     staged: bool | None = None,
@@ -143,9 +148,10 @@ def load_model(
 
     `path_or_id` is "starter", a diffusers folder, a .safetensors checkpoint or a hub id. `dtype` None is fp32 on a CPU
     and bf16 (or fp16) on a GPU; the VAE is fp32, unless it is one made for fp16. `vae` is a VAE to use instead of the
-    model's own, `prediction_type` overrides what was detected. `base_8bit` keeps the UNet's linear layers in 8 bits;
-    nothing can be merged into them. `staged` leaves the parts in host memory between uses (None: where a CUDA card's
-    is short), `block_offload` the UNet's blocks as well. Raises UserError when it cannot be read.
+    model's own, `prediction_type` overrides what was detected, `zero_terminal_snr` lets its noise end in pure noise.
+    `base_8bit` keeps the UNet's linear layers in 8 bits; nothing can be merged into them. `staged` leaves the parts in
+    host memory between uses (None: where a CUDA card's is short), `block_offload` the UNet's blocks as well. Raises
+    UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:
@@ -161,6 +167,8 @@ def load_model(
         if prediction_type != "auto":
             kind = type(parts.scheduler)
             parts.scheduler = kind.from_config(parts.scheduler.config, prediction_type=prediction_type)
+        if zero_terminal_snr:
+            parts.scheduler = down_to_noise(parts.scheduler)
     model = Model(
         name=source.name,
         unet=parts.unet,

@@ -1,4 +1,4 @@
-"""diffusers and transformers without the notes that do not concern a person: torchvision is not needed here."""
+"""Libraries without the notes that do not concern a person: torchvision and 4-bit kernels are not needed here."""
 
 from __future__ import annotations
 
@@ -29,3 +29,4 @@ def quiet() -> Iterator[None]:
 
 
 logging.getLogger("diffusers").addFilter(lambda record: "torchvision" not in record.getMessage())
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit" not in record.getMessage())

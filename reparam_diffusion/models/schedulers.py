@@ -7,6 +7,7 @@ from typing import Any
 
 from reparam_diffusion.errors import UserError
 
+_ZERO_SNR = "rescale_betas_zero_snr"
 _DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
 _SDE = {"solver_order": 2, "algorithm_type": "sde-dpmsolver++"}
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {  # Any: each scheduler's own options
@@ -39,8 +40,7 @@ def make_scheduler(own: Any, name: str = "") -> Any:
 
     kind, options = SCHEDULERS[name]
     cls = getattr(diffusers, kind)
-    zero = "rescale_betas_zero_snr"
-    if own.config.get(zero) and zero not in inspect.signature(cls.__init__).parameters:
+    if own.config.get(_ZERO_SNR) and _ZERO_SNR not in inspect.signature(cls.__init__).parameters:
         raise UserError(
             f"{name} cannot draw with this model.",
             "It was trained down to pure noise (zero terminal SNR).",
@@ -48,6 +48,24 @@ def make_scheduler(own: Any, name: str = "") -> Any:
         )
     with quiet():
         return cls.from_config(own.config, **options)
+
+
+def down_to_noise(own: Any) -> Any:
+    """A model's scheduler with its last step at pure noise (zero terminal SNR), from which drawing starts then.
+
+    Lin et al. 2023, arXiv:2305.08891, alg. 1. A kind that cannot becomes DDIM. Raises UserError without v-prediction.
+    """
+    from diffusers import DDIMScheduler
+
+    if own.config.prediction_type != "v_prediction":
+        raise UserError(
+            "Zero terminal SNR needs a model with v-prediction.",
+            f"This one predicts {own.config.prediction_type}: pure noise leaves nothing of the picture to predict.",
+            "Switch model.zero_terminal_snr off.",
+            place="model.zero_terminal_snr",
+        )
+    kind = type(own) if _ZERO_SNR in inspect.signature(type(own).__init__).parameters else DDIMScheduler
+    return kind.from_config(own.config, **{_ZERO_SNR: True, "timestep_spacing": "trailing"})
 
 
 def own_name(own: Any) -> str:

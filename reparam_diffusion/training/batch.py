@@ -54,7 +54,7 @@ def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
         caption = item.caption
         if data.shuffle_tags:
             caption = shuffled(caption, data.keep_tags, generator(training.seed, step, one.index, "tags"))
-        samples.append(Sample(item, one.index, one.flip, "" if one.drop_caption else caption, 1.0))
+        samples.append(Sample(item, one.index, one.flip, "" if one.drop_caption else caption, item.weight))
     if material.class_items:
         size = samples[0].item.size
         for one in drawn:
@@ -66,7 +66,7 @@ def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
 
 
 def loss_of(setup: Setup, samples: Sequence[Sample], step: int) -> Tensor:
-    """Mean over the pictures plus the prior's weight times the mean over the class pictures, in fp32."""
+    """Mean over the pictures, weighted by their sets, plus the prior's weight times the class pictures' mean; fp32."""
     model = setup.model
     batch = noised(setup, samples, step)
     text = texts_of(setup, [sample.caption for sample in samples])
@@ -95,7 +95,23 @@ def noised(setup: Setup, samples: Sequence[Sample], step: int) -> Noised:
         torch.stack(latents).to(model.device),
         torch.stack(noise).to(model.device),
         torch.tensor(steps, device=model.device),
+        places_of(setup, samples),
     )
+
+
+def places_of(setup: Setup, samples: Sequence[Sample]) -> Tensor | None:
+    """How much the loss counts at each latent (batch, height, width), mirrored as shown; None where all count alike."""
+    known = setup.material.masks
+    masks = [known.get(sample.item) for sample in samples]
+    given = next((mask for mask in masks if mask is not None), None)
+    if given is None:
+        return None
+    whole = torch.ones_like(given)
+    rows = [
+        whole if mask is None else mask.flip(-1) if sample.flip else mask
+        for mask, sample in zip(masks, samples, strict=True)
+    ]
+    return torch.stack(rows).to(setup.model.device)
 
 
 def scaled(model: Model, latents: Tensor) -> Tensor:
@@ -105,10 +121,10 @@ def scaled(model: Model, latents: Tensor) -> Tensor:
 
 
 def texts_of(setup: Setup, captions: Sequence[str]) -> Encoded:
-    """Embeddings from the cache, or encoded anew where the text encoders carry adapters."""
+    """Embeddings from the cache, or encoded anew where they change from step to step."""
     model, config = setup.model, setup.config
     skip = config.model.clip_skip
-    if encodes_text(config):
+    if text_is_live(config):
         return encode(model, captions, clip_skip=skip)
     found = [setup.material.texts.get(caption, text_encoder(model, skip)) for caption in captions]
     hidden = torch.cat([rows["hidden"] for rows in found]).to(model.device)
@@ -121,13 +137,18 @@ def trains_text(config: TrainConfig) -> bool:
     return config.targets.text_encoder not in ("none", [])
 
 
-def encodes_text(config: TrainConfig) -> bool:
+def teaches_text(config: TrainConfig) -> bool:
+    """Whether gradients go through the text encoders: to adapters, or to the trigger word's vectors."""
+    return trains_text(config) or config.embedding.vectors > 0
+
+
+def text_is_live(config: TrainConfig) -> bool:
     """Whether captions are encoded anew in each step."""
-    return trains_text(config) or config.data.shuffle_tags
+    return teaches_text(config) or config.data.shuffle_tags
 
 
 def size_ids(model: Model, samples: Sequence[Sample]) -> Tensor | None:
-    """SDXL's time ids (batch, 6); None for other models."""
+    """SDXL's time ids (batch, 6); None for other models. Crops are centred, so a mirrored picture has the same ones."""
     if model.family != "sdxl":
         return None
     rows = []

@@ -14,13 +14,15 @@ import torch
 
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT
+from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.targets import count_parameters, file_bytes
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import text_is_live
 from reparam_diffusion.training.cards import advise, room_on
+from reparam_diffusion.training.embedding import count_vectors
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
@@ -67,7 +69,7 @@ class Cost:
     device: str
     """ "cpu", "cuda" or "mps": where the peak is."""
     notes: tuple[str, ...]
-    """What had to be settled for some layers."""
+    """What had to be settled for some layers, and what costs more than it might."""
     advice: str = ""
     """What to do where the memory is not enough."""
 
@@ -98,7 +100,7 @@ class Cost:
 
 
 def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int) -> Cost:
-    """What a run with so many pictures will cost, as far as it is known. Reads small files only.
+    """What a run with so many pictures in its main set will cost, as far as it is known. Reads small files only.
 
     `threads` are the processor threads the run will have. Raises UserError for a model that cannot be read.
     """
@@ -116,19 +118,23 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
         found = known.get(memory_piece(key, one, device))
         return None if found is None else int(found)
 
-    peak = peak_of(config)
-    advice = ""
+    vectors = count_vectors(model, config)
+    notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
+    if text_is_live(config):
+        notes.append("captions are encoded anew in each step")
+    peak, advice = peak_of(config), ""
     if peak is not None:
         advice = advise(config, peak, room=room_on(device), memory=memory_of(device), peak_of=peak_of).sentence
     return Cost(
         sites=len(sites),
-        parameters=count_parameters(sites),
-        file_bytes=file_bytes(sites, config.output.file_precision),
+        parameters=count_parameters(sites) + vectors,
+        file_bytes=file_bytes(sites, config.output.file_precision)
+        + vectors * (4 if config.output.file_precision == "fp32" else 2),
         parts=parts_of(book, pieces, counts),
         class_pictures=left,
         peak_bytes=peak,
         device=device.type,
-        notes=tuple(sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})),
+        notes=tuple(notes),
         advice=advice,
     )
 
@@ -140,6 +146,7 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
         config.model.base_8bit, config.model.block_offload,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
+        training.start_from, config.embedding.vectors,
         min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,
     ]  # fmt: skip
     place = device.type if device.type == "cpu" else f"{device.type} of {memory_of(device)}"
@@ -147,15 +154,18 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
 
 
 def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures: int) -> dict[Unit, int]:
-    """How often each piece of work comes in a run."""
+    """How often each piece of work comes in a run with so many pictures in its main set; further sets are counted."""
     data, training, output = config.data, config.training, config.output
+    counts = [pictures, *count_further(data)]
+    mirrored = sum(count for count, source in zip(counts, sources_of(data), strict=True) if source.flip)
+    pictures = sum(counts)
     held_out = pictures // LEAST_FOR_HELD_OUT if data.held_out < 0 else min(data.held_out, pictures // 4)
     class_items = config.prior.images if config.prior.weight else 0
     looks = 1 + _times(training.steps, output.validate_every or max(training.steps // 10, 1))
-    is_cached = not trains_text(config) and not data.shuffle_tags
+    is_cached = not text_is_live(config)
     return {
         "loading": 1,
-        "latents": pictures * (2 if data.flip else 1) + class_items,
+        "latents": pictures + mirrored + class_items,
         "captions": 1 + pictures + min(class_items, max(len(model.habits.backgrounds), 1)) if is_cached else 0,
         "class picture": class_pictures,
         "preview": len(preview_prompts(model, config, [])) * (1 + _times(training.steps, output.sample_every)),

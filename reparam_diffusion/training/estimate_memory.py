@@ -26,16 +26,23 @@ from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.room import KEPT_FREE
 from reparam_diffusion.models.sample import at_once
 from reparam_diffusion.models.tiles import Way, taken, tile_side
+from reparam_diffusion.models.words import spoken
 from reparam_diffusion.targets import SitePlan
-from reparam_diffusion.training.batch import encodes_text, trains_text
+from reparam_diffusion.training.batch import teaches_text, text_is_live
+from reparam_diffusion.training.embedding import new_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
 from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
 from reparam_diffusion.training.ready import keep, recompute, recomputes
 
-STATES = {"adamw": 2, "adam": 2, "radam": 2, "nadam": 2, "sgd": 1, "rmsprop": 1, "adafactor": 0}
-"""Numbers that an optimizer keeps for each one it trains."""
+STATES = {
+    "adamw": 8, "adam": 8, "radam": 8, "nadam": 8, "sgd": 4, "rmsprop": 4, "adafactor": 0, "adamw8bit": 2, "lion": 4,
+    "lion8bit": 1, "prodigy": 16, "adamw_schedulefree": 8,
+}  # fmt: skip
+"""Bytes that an optimizer keeps for each number it trains."""
+_LEAST_8BIT = 4096
+"""bitsandbytes keeps states of fewer numbers than this in fp32."""
 _PROGRAM_BYTES = 115_000_000
 """On a CPU: code and tables that libraries load at first use, and what the allocator keeps in fragments."""
 _KERNEL_BYTES = 350_000
@@ -100,16 +107,22 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
         encoding = max(encoding, coded("encode", resolution, 0))
         drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
     sites = plan_run(model, config)
-    with attach(model.parts, _blank_adapters(model, sites)) as injection, _recomputed(model, config):
+    word = new_word(model, config)
+    with (
+        attach(model.parts, _blank_adapters(model, sites)) as injection,
+        spoken(model, [] if word is None else [word]),
+        _recomputed(model, config),
+    ):
         learning = list(injection.adapters.values())
-        learned = sum(bytes_of(adapter) for adapter in learning)
-        learned += 4 * STATES[config.training.optimizer] * sum(p.numel() for p in injection.parameters())
+        vectors = [] if word is None else list(word.vectors.values())
+        learned = sum(bytes_of(adapter) for adapter in learning) + sum(v.nbytes for v in vectors)
+        learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in (*injection.parameters(), *vectors))
         with torch.no_grad():
             drawing = max(drawing, coded("decode", model.size, learned))
             drawing = max(drawing, worked(lambda: _look(model, config), learned, model.unet)[0])
             if resolution < model.size:  # else a preview's two passes are less than the four of a look
                 drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
-        used = (model.unet, *(model.text_encoders if encodes_text(config) else []))
+        used = (model.unet, *(model.text_encoders if text_is_live(config) else []))
         training, ledger = worked(lambda: _step(model, config, injection), learned, *used)
     found = Memory(resident and resident + _saved_in_8bit(model), encoding, drawing, training)
     if device != "cpu":
@@ -124,11 +137,20 @@ def _saved_in_8bit(model: Model) -> int:
     return sum(layer.numbers.numel() * (layer.dtype.itemsize - 1) - layer.scale.nbytes for layer in layers)
 
 
+def _state_bytes(optimizer: str, numbers: int) -> int:
+    """What the optimizer keeps for one parameter; of 8 bits also the scale of each block of 256."""
+    if not optimizer.endswith("8bit"):
+        return STATES[optimizer] * numbers
+    if numbers < _LEAST_8BIT:
+        return 4 * STATES[optimizer] * numbers
+    return STATES[optimizer] * (numbers + 4 * -(-numbers // 256))
+
+
 @contextmanager
 def _recomputed(model: Model, config: TrainConfig) -> Iterator[None]:
     """The outline as the settings ask for it while the body runs."""
     if recomputes(config):
-        recompute(model, text=trains_text(config))
+        recompute(model, text=teaches_text(config))
     try:
         yield
     finally:
@@ -195,7 +217,7 @@ def _step(model: Model, config: TrainConfig, injection: Injection) -> None:
     latents = _latents(model, config.data.resolution or model.size, count)
     batch = Noised(latents, torch.empty_like(latents), torch.empty(count, dtype=torch.long, device="meta"))
     text = _text(model, count)
-    if encodes_text(config):
+    if text_is_live(config):
         text = encode(model, [""] * count, clip_skip=config.model.clip_skip)
     loss = objective.losses(model.unet, batch, text, _size_ids(model, count), model.dtype).mean()
     for name in {adapter.name for adapter in injection.adapters.values()}:

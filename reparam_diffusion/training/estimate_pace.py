@@ -144,7 +144,7 @@ def pieces_of(model: Model, shape: str, config: TrainConfig, machine: str) -> di
     adapted = f"{base}, {layers}"
     exact = json.dumps([config.adapter.model_dump(), [rule.adapter.model_dump() for rule in config.targets.rules]])
     upkeep = [training.optimizer, training.ema > 0, config.model.clip_skip]
-    way = [training.gradient_checkpointing, training.compile, config.data.shuffle_tags]
+    way = [training.gradient_checkpointing, training.compile, config.data.shuffle_tags, config.embedding.vectors > 0]
     shown = training.batch * training.accumulation * (2 if config.prior.weight else 1)
     return {
         "loading": Piece("loading", base),

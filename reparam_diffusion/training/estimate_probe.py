@@ -15,7 +15,8 @@ from reparam_diffusion.events import Event
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import draw
-from reparam_diffusion.training.batch import trains_text
+from reparam_diffusion.training.batch import text_is_live
+from reparam_diffusion.training.embedding import new_word
 from reparam_diffusion.training.estimate_pace import Unit, seconds_of
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.loop import forward_and_backward
@@ -54,7 +55,7 @@ def probe(config: TrainConfig, folder: Path, *, may_go_on: Callable[[], bool]) -
     heed()
     taken["class picture"] = _drawing(model, model.habits.class_prompt, steps, heed)
     events: list[Event] = []
-    preparing = prepare(model, config, folder, trains_text=trains_text(config))
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config))
     while True:
         heed()
         try:
@@ -67,9 +68,9 @@ def probe(config: TrainConfig, folder: Path, *, may_go_on: Callable[[], bool]) -
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
     setup = Setup(model, config, objective, material, processes, folder, time.time())
-    learner = Learner(model, config, plan_run(model, config), processes)
+    learner = Learner(model, config, plan_run(model, config), processes, word=new_word(model, config))
     make_ready(model, config)
-    with learner.injection, at_work(model, config):
+    with learner, at_work(model, config):
         taken["preview"] = _drawing(model, preview_prompts(model, config, [])[0], model.habits.steps, heed)
         watch = _Stopwatch(model.device)
         fixed_noise_loss(setup)
@@ -98,7 +99,7 @@ def _on_made_up_pictures(config: TrainConfig, folder: Path) -> TrainConfig:
     for number in range(PICTURES):
         noise = torch.randint(256, (side, side, 3), dtype=torch.uint8, generator=generator("probe", number))
         Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    data = {"images": str(folder), "buckets": False, "repeats": 1, "held_out": 0}
+    data = {"images": str(folder), "buckets": False, "repeats": 1, "held_out": 0, "masks": "", "sets": []}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=data),

@@ -11,12 +11,16 @@ import torch
 
 from reparam_diffusion import __version__
 from reparam_diffusion.config import adapter_name, to_toml
-from reparam_diffusion.formats.header import TrainingFacts, build_header
+from reparam_diffusion.data.dataset import Dataset
+from reparam_diffusion.data.sets import Source, sources_of
+from reparam_diffusion.formats.header import SetFacts, TrainingFacts, build_header
 from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.training.batch import trains_text
 from reparam_diffusion.training.learner import Learner
+from reparam_diffusion.training.optim import schedule_of, text_rate
 from reparam_diffusion.training.setup import Setup
+from reparam_diffusion.training.start import started_from
 
 ADAPTER = "adapter.safetensors"
 
@@ -34,6 +38,7 @@ def write_finished(
             family=setup.model.family,
             precision=setup.config.output.file_precision,
             metadata=build_header(facts),
+            words=[] if learner.word is None else [learner.word],
         )
     return name
 
@@ -45,15 +50,10 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
     numbers: dict[str, Any] = spec.model_dump()
     rank = numbers.get("rank") or numbers.get("init_rank") or numbers.get("block_size") or 0
     dataset = material.dataset
-    words: Counter[str] = Counter(
-        tag.strip() for item in dataset.train for tag in item.caption.split(",") if tag.strip()
-    )
     return TrainingFacts(
         name=adapter_name(config),
         method=spec.method,
         family=model.family,
-        trigger=data.trigger,
-        class_word=data.class_word,
         title=adapter_name(config),
         rank=rank,
         alpha=numbers.get("alpha"),
@@ -67,18 +67,18 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         clip_skip=config.model.clip_skip,
         max_tokens=model.tokenizers[0].model_max_length,
         learning_rate=training.learning_rate,
-        text_learning_rate=(training.text_learning_rate or training.learning_rate / 2) if trains_text(config) else 0.0,
+        text_learning_rate=text_rate(training) if trains_text(config) else 0.0,
         trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
-        epochs=step * training.batch * training.accumulation / max(1, len(dataset.train) * dataset.repeats),
+        epochs=step * training.batch * training.accumulation / max(1, dataset.shown),
         batch=training.batch,
         accumulation=training.accumulation,
         processes=learner.processes.ranks,
         warmup_steps=round(training.warmup * training.steps),
         seed=training.seed,
         optimizer=training.optimizer,
-        schedule=training.schedule,
+        schedule=schedule_of(training),
         mixed_precision="no" if model.dtype == torch.float32 else name_of(model.dtype),
         clip=training.clip,
         gradient_checkpointing=training.gradient_checkpointing,
@@ -89,15 +89,21 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         prior_weight=config.prior.weight,
         shuffle_captions=data.shuffle_tags,
         keep_tokens=data.keep_tags,
-        flip=data.flip,
-        pictures=len(dataset.train),
+        flip=any(item.flipped_ok for item in dataset.train),
+        sets=tuple(_set_facts(source, dataset, number) for number, source in enumerate(sources_of(data))),
         held_out=len(dataset.held_out),
         class_pictures=len(material.class_items),
-        repeats=data.repeats,
-        tags=dict(words),
         buckets=dict(Counter(item.size for item in dataset.train)),
         started_at=setup.begun,
         finished_at=time.time(),
         software_version=__version__,
+        started_from=started_from(config, setup.folder),
         config_toml=to_toml(config),
     )
+
+
+def _set_facts(source: Source, dataset: Dataset, number: int) -> SetFacts:
+    """What the header tells of one set."""
+    items = [item for item in dataset.train if item.part == number]
+    tags = Counter(tag.strip() for item in items for tag in item.caption.split(",") if tag.strip())
+    return SetFacts(source.trigger, source.class_word, len(items), source.repeats, dict(tags))

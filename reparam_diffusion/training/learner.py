@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,14 +18,16 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.encode import last_layers
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.words import Word, add_words, take_words
 from reparam_diffusion.targets import TEXT_SETS, SitePlan, build_adapters, plan_sites, sites_of
 from reparam_diffusion.training.batch import trains_text
-from reparam_diffusion.training.optim import make_optimizer, make_schedule
+from reparam_diffusion.training.optim import is_schedule_free, make_optimizer, make_schedule
 from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.start import started
 
 
-def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:
-    """What every layer of a run gets, before anything is built."""
+def plan_run(model: Model, config: TrainConfig, *, start: Path | None = None) -> list[SitePlan]:
+    """What every layer of a run gets, before anything is built. `start` is a kept copy of what it starts from."""
     targets: dict[str, str | list[str]] = {}
     if config.targets.unet not in ("none", []):
         targets["unet"] = config.targets.unet
@@ -46,28 +50,82 @@ def plan_run(model: Model, config: TrainConfig) -> list[SitePlan]:
             )
     rules = [(rule.match, rule.adapter) for rule in config.targets.rules]
     layers = last_layers(model, clip_skip=config.model.clip_skip)
-    return plan_sites(model.parts, targets, config.adapter, rules, last_layers=layers)
+    sites = plan_sites(model.parts, targets, config.adapter, rules, last_layers=layers)
+    if not config.training.start_from:
+        return sites
+    file = start or Path(config.training.start_from).expanduser()
+    found = started(file, model.parts, sites, seed=config.training.seed)
+    return [found[site.site][0] if site.site in found else site for site in sites]
 
 
 class Learner:
     """The trainable side of a run. Adapters and optimizer are fp32 whatever the model's number format is."""
 
-    def __init__(self, model: Model, config: TrainConfig, sites: list[SitePlan], processes: Processes) -> None:
+    def __init__(
+        self,
+        model: Model,
+        config: TrainConfig,
+        sites: list[SitePlan],
+        processes: Processes,
+        *,
+        start: Path | None = None,
+        word: Word | None = None,
+    ) -> None:
         training = config.training
         self.config = config
         self.processes = processes
         self.adapters: dict[str, Adapter] = build_adapters(model.parts, sites, seed=training.seed)
+        if start is not None:
+            found = started(start, model.parts, sites, seed=training.seed)
+            self.adapters |= {site: adapter for site, (_, adapter) in found.items()}
         self.injection: Injection = attach(model.parts, self.adapters, device=model.device)
-        self.parameters = [p for p in self.injection.parameters() if p.numel()]
-        self.optimizer = make_optimizer(training, self.adapters)
+        self.word = word
+        self._model = model
+        if word is not None:
+            add_words(model, [word])
+        learned = self._by_part()
+        self.parameters = [parameter for part in learned.values() for parameter in part]
+        self.optimizer = make_optimizer(training, learned, embedding_rate=config.embedding.learning_rate)
         self.schedule = make_schedule(training, self.optimizer)
         self.average = _make_average(self.parameters, training.ema)
         scaled = model.dtype == torch.float16 and model.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=scaled)
         self.best: float | None = None
+        self._is_elsewhere = False
         self.by_method: dict[str, list[Adapter]] = {}
         for adapter in self.adapters.values():
             self.by_method.setdefault(adapter.name, []).append(adapter)
+
+    def _by_part(self) -> dict[str, list[nn.Parameter]]:
+        """What is learned, by the model part it belongs to."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for site, adapter in self.adapters.items():
+            parts.setdefault(site.partition(".")[0], []).extend(p for p in adapter.parameters() if p.numel())
+        if self.word is not None:
+            parts["embedding"] = [v for v in self.word.vectors.values() if isinstance(v, nn.Parameter)]
+        return parts
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take adapters and word off the model."""
+        self.injection.remove()
+        if self.word is not None:
+            take_words(self._model, [self.word])
+
+    @property
+    def count(self) -> int:
+        """How many numbers are learned."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def word_bytes(self) -> int:
+        """What the learned word adds to the file."""
+        each = 4 if self.config.output.file_precision == "fp32" else 2
+        return 0 if self.word is None else each * sum(v.numel() for v in self.word.vectors.values())
 
     def penalty(self) -> torch.Tensor | None:
         """The methods' own terms of the loss, such as AdaLoRA's orthogonality."""
@@ -129,18 +187,45 @@ class Learner:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The adapters at their moving average, where one is kept."""
-        if self.average is None:
+        """What is learned at its average, where one is kept: the moving one, or schedule-free's own."""
+        averages_itself = is_schedule_free(self.optimizer)
+        if self._is_elsewhere or (self.average is None and not averages_itself):
             yield
             return
-        self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        now = self.kept()
+        if self.average is not None:
+            self.average.copy_to(self.parameters)
+        else:
+            self.optimizer.eval()
         for adapter in self.adapters.values():
             adapter.settle()
         try:
             yield
         finally:
-            self.average.restore(self.parameters)
+            if averages_itself:
+                self.optimizer.train()
+            self._put(now)  # bit for bit, which schedule-free's way back is not
+
+    def kept(self) -> list[torch.Tensor]:
+        """A copy of what is trained, as it is now, in host memory."""
+        return [parameter.detach().to("cpu", copy=True) for parameter in self.parameters]
+
+    @contextmanager
+    def at(self, values: list[torch.Tensor]) -> Iterator[None]:
+        """What is trained as it was kept, while the body runs; no average is taken of it."""
+        now = self.kept()
+        self._put(values)
+        self._is_elsewhere = True
+        try:
+            yield
+        finally:
+            self._is_elsewhere = False
+            self._put(now)
+
+    @torch.no_grad()
+    def _put(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def ranks(self) -> dict[str, int]:
         """Live ranks by site, for methods that have them."""
@@ -151,6 +236,7 @@ class Learner:
         """Everything a resume needs, as tensors and plain values."""
         return {
             "adapters": {site: adapter.state() for site, adapter in self.adapters.items()},
+            "word": {} if self.word is None else {part: v.detach().cpu() for part, v in self.word.vectors.items()},
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
@@ -166,6 +252,8 @@ class Learner:
             )
         for site, adapter in self.adapters.items():
             adapter.load_state(state["adapters"][site])
+        for part, vectors in ({} if self.word is None else self.word.vectors).items():
+            vectors.data.copy_(state["word"][part])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])

@@ -32,17 +32,20 @@ from reparam_diffusion.events import (
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.precision import name_of
 from reparam_diffusion.models.room import give_back
-from reparam_diffusion.targets import SitePlan, count_parameters, file_bytes
-from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, trains_text
+from reparam_diffusion.models.words import Word, spoken
+from reparam_diffusion.targets import SitePlan, file_bytes
+from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
+from reparam_diffusion.training.embedding import check_captions, new_word
 from reparam_diffusion.training.facts import ADAPTER, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
-from reparam_diffusion.training.optim import learning_rates
-from reparam_diffusion.training.prepare import Material, prepare, preview_prompts
+from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
+from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
 from reparam_diffusion.training.processes import Processes
 from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
 from reparam_diffusion.training.setup import Setup
+from reparam_diffusion.training.start import keep_start
 from reparam_diffusion.training.state import State, load_checkpoint, save_checkpoint, steps_saved
 
 Asked = Callable[[], str | bool]
@@ -66,42 +69,41 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
+    check_optimizer(config)
     saved = _last_state(folder, config, resume=resume)
-    wanted = config.model.precision if saved is None else saved["precision"]  # a resumed run keeps its format
-    model, processes = load_base(config, precision=wanted)
+    # A resumed run keeps its format.
+    model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
     training = config.training
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=training.noise_offset)
-    sites = plan_run(model, config)
-    done = 0 if saved is None else saved["step"]
-    yield from _notes(sites)
+    start = keep_start(config, folder, is_main=processes.is_main)
+    sites = plan_run(model, config, start=start)
+    word = new_word(model, config, start=start)
+    yield from _notes(config, sites, word)
     for note in settled(model, config):
         yield Warned(note)
-    material = yield from _prepared(model, config, folder, processes, stop=stop, done=done)
+    with spoken(model, [] if word is None else [word]):
+        material = yield from _prepared(model, config, folder, processes, stop=stop, saved=saved)
     if material is None:
         return
     setup = Setup(model, config, objective, material, processes, folder, begun)
-    learner = Learner(model, config, sites, processes)
-    first = done + 1
-    if saved is not None:
-        learner.load_state(saved)
-        yield from _differences(saved, model)
+    learner = Learner(model, config, sites, processes, start=start, word=word)
+    first = yield from _picked_up(learner, saved, model)
     make_ready(model, config)
     yield Started(
         method=config.adapter.method,
         steps=training.steps,
         first_step=first,
         sites=len(sites),
-        parameters=count_parameters(sites),
-        file_bytes=file_bytes(sites, config.output.file_precision),
+        parameters=learner.count,
+        file_bytes=file_bytes(sites, config.output.file_precision) + learner.word_bytes,
         device=str(model.device),
         precision=name_of(model.dtype),
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
+        sets=told_sets(config, material),
     )
     look = _Look(setup, learner)
-    with learner.injection, at_work(model, config):
-        if saved is None:
-            yield from look.at(0)
+    with learner, at_work(model, config):
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
@@ -119,9 +121,13 @@ def train(
             loss = forward_and_backward(setup, learner, step)
             if step == first:
                 learner.check_gradients()
+            fresh = learner.kept() if step == 1 else None
             rates = learning_rates(learner.optimizer)
             norm = learner.update(step)
             yield Step(step, loss, rates, time.perf_counter() - clock, norm)
+            if fresh is not None:  # the looks before step 1 come after it, since they take minutes on a large model
+                with learner.at(fresh):
+                    yield from look.at(0)
             yield from look.at(step)
         path = look.finish(training.steps)
         yield Saved(training.steps, path, "adapter")
@@ -237,12 +243,13 @@ class _Look:
 
 
 def _prepared(
-    model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, done: int
+    model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, saved: State | None
 ) -> Generator[Event, None, Material | None]:
-    """The material; None when a request ended the run before it was there. `done` steps were taken before."""
+    """The material; None when a request ended the run before it was there."""
+    done = 0 if saved is None else saved["step"]
     if not processes.is_main:
         processes.wait()  # the first process draws and encodes, the others find it done
-    preparing = prepare(model, config, folder, trains_text=trains_text(config))
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config))
     while True:
         try:
             yield next(preparing)
@@ -256,6 +263,7 @@ def _prepared(
     if processes.is_main:
         processes.wait()
     give_back()
+    check_captions(config, [item.caption for item in material.dataset.train])
     return material
 
 
@@ -276,11 +284,24 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
     return saved
 
 
-def _notes(sites: list[SitePlan]) -> Iterator[Event]:
-    """What had to be settled for some layers, each kind once."""
+def _notes(config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
+    """What had to be settled, for some layers each kind once."""
+    for told in notes_on(config):
+        yield Warned(told)
+    if word is not None and word.count != (asked := config.embedding.vectors):
+        yield Warned(f"The trigger word has {word.count} vectors, as in the adapter it starts from, not {asked}.")
     notes = Counter(note for site in sites if (note := getattr(site.plan, "note", "")))
     for note, count in notes.items():
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
+
+
+def _picked_up(learner: Learner, saved: State | None, model: Model) -> Generator[Event, None, int]:
+    """The learner as it was saved; the step it begins with."""
+    if saved is None:
+        return 1
+    learner.load_state(saved)
+    yield from _differences(saved, model)
+    return int(saved["step"]) + 1
 
 
 def _differences(saved: State, model: Model) -> Iterator[Event]:

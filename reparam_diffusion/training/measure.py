@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 from PIL.PngImagePlugin import PngInfo
 
@@ -9,7 +12,7 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.files import beside
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.models.sample import draw
-from reparam_diffusion.training.batch import Sample, scaled, size_ids, texts_of
+from reparam_diffusion.training.batch import Sample, places_of, scaled, size_ids, texts_of
 from reparam_diffusion.training.objective import Noised
 from reparam_diffusion.training.prepare import vae_encoder
 from reparam_diffusion.training.setup import Setup
@@ -22,13 +25,27 @@ MOST_LOOKED_AT = 8
 
 @torch.no_grad()
 def fixed_noise_loss(setup: Setup) -> float:
-    """Mean loss at four timesteps with noise that never changes, over at most 8 pictures, held-out ones if any."""
-    material = setup.material
-    items = material.dataset.held_out or material.dataset.train
+    """Mean loss at four timesteps with noise that never changes, over at most 8 pictures, held-out ones if any.
+
+    Pictures count by their set's weight, their places by their masks.
+    """
+    dataset = setup.material.dataset
+    items = looked_at(dataset.held_out or dataset.train)
     total = 0.0
-    for number, item in enumerate(items[:MOST_LOOKED_AT]):
-        total += _item_loss(setup, item, number)
-    return total / min(len(items), MOST_LOOKED_AT)
+    for number, item in enumerate(items):
+        total += item.weight * _item_loss(setup, item, number)
+    return total / sum(item.weight for item in items)
+
+
+def looked_at(items: Sequence[Item]) -> list[Item]:
+    """At most 8 of the pictures, of every set in turn."""
+    seen: Counter[int] = Counter()
+    turns = []
+    for item in items:
+        turns.append(seen[item.part])
+        seen[item.part] += 1
+    in_turn = sorted(range(len(items)), key=lambda i: (turns[i], i))
+    return [items[i] for i in in_turn[:MOST_LOOKED_AT]]
 
 
 def _item_loss(setup: Setup, item: Item, number: int) -> float:
@@ -39,12 +56,13 @@ def _item_loss(setup: Setup, item: Item, number: int) -> float:
         for n in range(len(TIMES))
     ]
     count = objective.scheduler.config.num_train_timesteps
+    samples = [Sample(item, 0, False, item.caption, item.weight)] * len(TIMES)
     batch = Noised(
         scaled(model, mean).repeat(len(TIMES), 1, 1, 1).to(model.device),
         torch.stack(noise).to(model.device),
         torch.tensor([round(share * count) for share in TIMES], device=model.device),
+        places_of(setup, samples),
     )
-    samples = [Sample(item, 0, False, item.caption, 1.0)] * len(TIMES)
     text = texts_of(setup, [item.caption] * len(TIMES))
     return float(objective.losses(model.unet, batch, text, size_ids(model, samples), model.dtype).mean())
 

@@ -22,11 +22,15 @@ PREDICTIONS = ("epsilon", "v_prediction")
 
 @dataclass(frozen=True)
 class Noised:
-    """One batch ready for the UNet. latents and noise (batch, channels, height, width), timesteps (batch,)."""
+    """One batch ready for the UNet. latents and noise (batch, channels, height, width), timesteps (batch,).
+
+    `places` (batch, height, width) is how much the loss counts at each latent; None where all count alike.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
+    places: Tensor | None = None
 
 
 class Objective:
@@ -77,7 +81,7 @@ class Objective:
         target = batch.noise
         if self.prediction == "v_prediction":
             target = self.scheduler.get_velocity(batch.latents, batch.noise, batch.timesteps)
-        error = (predicted.float() - target).square().mean(dim=(1, 2, 3))
+        error = _mean((predicted.float() - target).square(), batch.places)
         return error * self.weights(batch.timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor:
@@ -89,3 +93,10 @@ class Objective:
         snr = compute_snr(self.scheduler, timesteps).float()
         capped = snr.clamp(max=self.gamma)
         return capped / (snr if self.prediction == "epsilon" else snr + 1)
+
+
+def _mean(error: Tensor, places: Tensor | None) -> Tensor:
+    """Each picture's mean (batch,) over channels and latents, Σ w·e / Σ w: a small mask learns like a large one."""
+    if places is None:
+        return error.mean(dim=(1, 2, 3))
+    return (error.mean(dim=1) * places).sum(dim=(1, 2)) / places.sum(dim=(1, 2))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.cache import LatentCache, TextCache
 from reparam_diffusion.data.captions import caption_for, fill
-from reparam_diffusion.data.check import look_over
-from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, build_dataset
+from reparam_diffusion.data.check import look_over, some_of
+from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, Part, build_dataset
 from reparam_diffusion.data.images import Picture, find_pictures
+from reparam_diffusion.data.masks import Mask, read_mask
+from reparam_diffusion.data.sets import Found, Source, find_all, sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Prepared, Warned
 from reparam_diffusion.files import beside, write_whole
@@ -40,39 +43,42 @@ class Material:
     latents: LatentCache
     texts: TextCache
     class_items: tuple[Item, ...] = ()
+    masks: Mapping[Item, Tensor] = field(default_factory=dict)
+    """How much the loss counts at each latent (height, width) of an item, unmirrored; all of it where there is none."""
     tile: int = 0
     """Side of the tiles that pictures are encoded in, in pixels; 0: whole."""
 
 
-def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: bool) -> Generator[Event, None, Material]:
+def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool) -> Generator[Event, None, Material]:
     """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`)."""
     data = config.data
     if not data.images:
         raise UserError("No pictures were given.", do="Set data.images to a folder of pictures.", place="data.images")
-    pictures, refused = find_pictures(data.images, least_side=max(32, model.size // 4))
-    captions = captions_of(model, config, pictures)
+    found = find_all(data, least_side=max(32, model.size // 4))
+    captions = [captions_of(model, one.source, one.pictures) for one in found]
     resolution = data.resolution or model.size
-    expected = f"{data.class_word} {model.habits.caption} {model.habits.class_prompt}"
-    for note in look_over(pictures, refused, captions, trigger=data.trigger, resolution=resolution, expected=expected):
-        yield Warned(note)
-    for caption in dict.fromkeys(captions):
+    for one, theirs in zip(found, captions, strict=True):
+        yield from _notes(model, one, theirs, resolution, is_one_of_several=len(found) > 1)
+    for caption in dict.fromkeys(caption for theirs in captions for caption in theirs):
         if is_too_long(model, caption):
             yield Warned(f'This caption is longer than the model reads and is cut: "{caption[:60]}…"')
     held_out = data.held_out
     if held_out < 0:
-        held_out = len(pictures) // LEAST_FOR_HELD_OUT
+        held_out = sum(len(one.pictures) for one in found) // LEAST_FOR_HELD_OUT
     dataset = build_dataset(
-        pictures,
-        captions,
+        [_part(one, theirs) for one, theirs in zip(found, captions, strict=True)],
         resolution=resolution,
         step=model.size_step,
         buckets=data.buckets,
-        repeats=data.repeats,
-        flip=data.flip,
         held_out=held_out,
         seed=config.training.seed,
     )
-    fix_pictures(folder, pictures)
+    masks = {
+        item: read_mask(item.mask, item.picture, item.size, pixels_per_latent=model.pixels_per_latent)
+        for item in (*dataset.train, *dataset.held_out)
+        if item.mask is not None
+    }
+    fix_pictures(folder, found)
     cache = cache_folder(folder)
     class_items: tuple[Item, ...] = ()
     if config.prior.weight:
@@ -86,6 +92,7 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
         LatentCache(cache / "latents", fingerprint(model.vae) + (f" in tiles of {tile}" if tile else "")),
         TextCache(cache / "texts", encoders, clip_skip=config.model.clip_skip),
         class_items,
+        masks,
         tile,
     )
     if len(dataset.held_out) < data.held_out:
@@ -93,7 +100,7 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, trains_text: boo
     yield from _encode_pictures(model, material)
     if material.latents.store.trouble:
         yield Warned(material.latents.store.trouble)
-    if not trains_text and not data.shuffle_tags:
+    if not text_is_live:
         yield from _encode_texts(model, material, config.model.clip_skip)
     return material
 
@@ -110,25 +117,65 @@ def encoding_tile(model: Model, sizes: Sequence[tuple[int, int]], *, memory: int
     return tile_side(model.vae, "encode", height, width, room=room, device=model.device.type)
 
 
-def captions_of(model: Model, config: TrainConfig, pictures: Sequence[Picture]) -> list[str]:
-    """Each picture's own caption, else the template with the trigger and the class word."""
-    data, habits = config.data, model.habits
-    template = data.caption_template or (habits.caption if data.kind == "subject" else habits.style_caption)
+def _notes(
+    model: Model, found: Found, captions: Sequence[str], resolution: int, *, is_one_of_several: bool
+) -> Iterator[Event]:
+    """What a person should read about one set."""
+    source, habits = found.source, model.habits
+    notes = look_over(
+        found.pictures,
+        found.refused,
+        captions,
+        trigger=source.trigger,
+        resolution=resolution,
+        expected=f"{source.class_word} {habits.caption} {habits.class_prompt}",
+    )
+    if source.masks and (whole := [p for p, mask in zip(found.pictures, found.masks, strict=True) if mask is None]):
+        notes.append(f"Nothing is see-through in {some_of(whole)}: all of it is learned.")
+    for note in notes:
+        yield Warned(f"{source.name}: {note}" if is_one_of_several else note)
+
+
+def _part(found: Found, captions: Sequence[str]) -> Part:
+    source = found.source
+    return Part(found.pictures, captions, found.masks, source.repeats, source.flip, source.weight)
+
+
+def told_sets(config: TrainConfig, material: Material) -> list[str]:
+    """Each set of several in words; nothing where there is one."""
+    sources = sources_of(config.data)
+    counts = Counter(item.part for item in material.dataset.train)
+    told = []
+    for number, source in enumerate(sources):
+        words = f"{source.name}: {counts[number]} pictures"
+        words += f" × {source.repeats}" if source.repeats > 1 else ""
+        told.append(words + (f", weight {source.weight:g}" if source.weight != 1 else ""))
+    return told if len(sources) > 1 else []
+
+
+def captions_of(model: Model, source: Source, pictures: Sequence[Picture]) -> list[str]:
+    """Each picture's own caption, else the set's template with its trigger and class word."""
+    habits = model.habits
+    template = source.template or (habits.caption if source.kind == "subject" else habits.style_caption)
     return [
-        caption_for(picture, template=template, trigger=data.trigger, class_word=data.class_word)
+        caption_for(picture, template=template, trigger=source.trigger, class_word=source.class_word)
         for picture in pictures
     ]
 
 
 def preview_prompts(model: Model, config: TrainConfig, captions: Sequence[str], *, count: int = 2) -> list[str]:
-    """The prompts to preview: the config's, else the model's own, on backgrounds that no caption names."""
-    data, habits = config.data, model.habits
-    own = habits.preview if data.kind == "subject" else habits.style_preview
-    templates = config.output.sample_prompts or own
+    """The prompts to preview: the config's, else the model's own, on backgrounds that no caption names.
+
+    Sets with a trigger word of their own are previewed too.
+    """
+    habits = model.habits
     backgrounds = unseen_backgrounds(habits, list(captions), count=count) or [""]
+    main, *further = sources_of(config.data)
     filled = [
-        fill(template, trigger=data.trigger, class_word=data.class_word, background=background)
-        for template in templates
+        fill(template, trigger=source.trigger, class_word=source.class_word, background=background)
+        for source in (main, *(one for one in further if one.trigger))
+        for template in config.output.sample_prompts
+        or (habits.preview if source.kind == "subject" else habits.style_preview)
         for background in (backgrounds if "{background}" in template else [""])
     ]
     return list(dict.fromkeys(filled))
@@ -148,12 +195,13 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
-    """Write the pictures' hashes at the first Start; a resume with other pictures is an error."""
+def fix_pictures(folder: Path, found: Sequence[Found]) -> None:
+    """Write the pictures' and masks' hashes at the first Start; a resume with others is an error."""
     file = folder / "pictures.json"
+    every = [pair for one in found for pair in zip(one.pictures, one.masks, strict=True)]
     now = {
-        f"{number} {picture.path.name}": f"{picture.hash} {picture.caption or ''}"
-        for number, picture in enumerate(pictures, 1)
+        f"{number} {picture.path.name}": f"{picture.hash} {_mask_told(mask)}{picture.caption or ''}"
+        for number, (picture, mask) in enumerate(every, 1)
     }
     if not file.is_file():
         write_whole(file, json.dumps(now, indent=1))
@@ -162,10 +210,15 @@ def fix_pictures(folder: Path, pictures: Sequence[Picture]) -> None:
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:
         raise UserError(
-            "The pictures or their captions have changed since this run was started.",
+            "The pictures, their captions or their masks have changed since this run was started.",
             f"Different now: {', '.join(name.partition(' ')[2] for name in changed[:5])}.",
             "Put them back as they were, or start a new run.",
         )
+
+
+def _mask_told(mask: Mask | None) -> str:
+    """A mask in pictures.json; one in the picture itself is told by the picture's hash."""
+    return "" if mask is None or mask.is_alpha else f"mask {mask.hash} "
 
 
 def about_class(model: Model, config: TrainConfig) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.models.precision import faster_on_cpu, pick_device, pick_precision
-from reparam_diffusion.training.batch import encodes_text, trains_text
+from reparam_diffusion.training.batch import teaches_text, text_is_live
 from reparam_diffusion.training.processes import Processes, join_processes
 
 
@@ -33,6 +33,7 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         dtype=dtype,
         vae=config.model.vae,
         prediction_type=config.model.prediction_type,
+        zero_terminal_snr=config.model.zero_terminal_snr,
         base_8bit=config.model.base_8bit,
         block_offload=config.model.block_offload,
         staged=True,
@@ -48,7 +49,7 @@ def outline_for(config: TrainConfig, device: torch.device) -> Model:
 
 def at_work(model: Model, config: TrainConfig) -> AbstractContextManager[None]:
     """While the body runs, what training computes with is on the device, and nothing else has to be."""
-    return model.using(model.unet, *(model.text_encoders if encodes_text(config) else []))
+    return model.using(model.unet, *(model.text_encoders if text_is_live(config) else []))
 
 
 def recomputes(config: TrainConfig) -> bool:
@@ -78,7 +79,7 @@ def settled(model: Model, config: TrainConfig) -> list[str]:
 def make_ready(model: Model, config: TrainConfig) -> None:
     """Switch on what the settings ask of the model, after the adapters are attached."""
     if recomputes(config):
-        recompute(model, text=trains_text(config))
+        recompute(model, text=teaches_text(config))
     if config.training.compile:
         model.unet.compile_repeated_blocks()
 

@@ -54,6 +54,7 @@ def blend_files(
         precision=precision,
         header=header,
         left_out=tuple(opened.left_out),
+        words=opened.words,
     )
 
 

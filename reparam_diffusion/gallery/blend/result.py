@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from reparam_diffusion.gallery.blend.method import Made
 from reparam_diffusion.gallery.blend.sources import Base
 from reparam_diffusion.maths.change import Change, distance
 from reparam_diffusion.maths.lowrank import relative, share_ranks, svd
+from reparam_diffusion.models.words import Word
 
 Layers = Callable[[], Iterator[tuple[str, Made]]]
 """Makes a result's layers one after the other, from the start whenever it is called."""
@@ -83,6 +84,7 @@ def write_result(
     precision: Precision,
     header: Mapping[str, str],
     left_out: tuple[tuple[str, str, str], ...] = (),
+    words: Sequence[Word] = (),
 ) -> Iterator[Progress | Report]:
     """Write `count` layers in the wanted form; progress first, the report last. Closing the iterator leaves no file.
 
@@ -107,6 +109,7 @@ def write_result(
             leaves = {} if adapter is None else writer.add(site, adapter)
             rows.append(_report_on(site, made, adapter, leaves, module))
             yield Progress(before + number, total, site)
+        writer.add_words(words)
         writer.finish(header)
     yield Report(path, tuple(rows), left_out)
 

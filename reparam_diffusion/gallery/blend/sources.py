@@ -17,6 +17,7 @@ from reparam_diffusion.formats.read import AdapterFile, Site, Unmatched, read_ad
 from reparam_diffusion.gallery.blend.method import Layer
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.source import STARTER
+from reparam_diffusion.models.words import Word, united
 
 _BLOCKS = {"down": "unet.down_blocks.{}.*", "mid": "unet.mid_block.*", "up": "unet.up_blocks.{}.*"}
 
@@ -95,6 +96,17 @@ class Opened:
             self._located.append(self._locate(file))
 
     @property
+    def words(self) -> list[Word]:
+        """The learned words of all files that have a strength, as they are. Raises UserError for two that differ."""
+        pairs = zip(self.sources, self.files, strict=True)
+        return united(
+            word
+            for source, file in pairs
+            if source.strength or source.te_strength
+            for word in file.words_for(self.base.parts)[0]
+        )
+
+    @property
     def sites(self) -> list[str]:
         """Every live site that some file changes at a strength other than 0."""
         found = {
@@ -144,6 +156,7 @@ class Opened:
                 _first(left),
                 "Blend adapters of one base model, or name it with --model.",
             )
+        left += file.words_for(self.base.parts)[1]
         self.left_out += [(file.file.name, key, why) for key, why in left]
         return located
 
