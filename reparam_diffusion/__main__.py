@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -40,6 +39,7 @@ def train(
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a .safetensors file or a hub id.')] = "",
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
+    processes: Annotated[int, typer.Option(min=0, help="Processes that train together, one a GPU; 0: as set.")] = 0,
     workspace: Workspace = Path("workspace"),
     dry_run: Annotated[bool, typer.Option(help="Only say what it would cost: file, time, memory.")] = False,
     as_json: Json = False,
@@ -49,16 +49,16 @@ def train(
 
     from reparam_diffusion import config as c
     from reparam_diffusion.data.sets import find_all
-    from reparam_diffusion.jobs.runs import create_run
-    from reparam_diffusion.jobs.worker import work
+    from reparam_diffusion.jobs.launchers import new_run
     from reparam_diffusion.training.cards import card_layer
 
-    given = {
+    given: dict[str, str | int] = {
         "data.images": images,
         "data.trigger": trigger,
         "data.class_word": class_word,
         "model.path": model,
         "output.name": name,
+        "launch.processes": processes,
     }
     flags: dict[str, Any] = {}
     for key, value in given.items():
@@ -68,27 +68,27 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "The command line trains in one process.",
-            "Several would each make a run of their own.",
-            "Call reparam_diffusion.train(config, folder=…) from a script under accelerate launch.",
-        )
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))
         return
-    folder = create_run(config, workspace, now=datetime.now())
-    _follow(work(folder), folder, as_json=as_json)
+    _run(new_run(config, workspace, now=datetime.now()), as_json=as_json)
 
 
 @app.command()
-def resume(run: str, workspace: Workspace = Path("workspace"), as_json: Json = False) -> None:
+def resume(
+    run: str,
+    processes: Annotated[int, typer.Option(min=0, help="Go on in another number of processes; 0: as before.")] = 0,
+    workspace: Workspace = Path("workspace"),
+    as_json: Json = False,
+) -> None:
     """Go on with a run from its last checkpoint."""
-    from reparam_diffusion.jobs.worker import work
+    from reparam_diffusion.jobs.launchers import change_processes
 
     folder = _run_folder(run, workspace)
-    _follow(work(folder, resume=True), folder, as_json=as_json)
+    if processes:
+        change_processes(folder, processes)
+    _run(folder, resume=True, as_json=as_json)
 
 
 @app.command()
@@ -284,10 +284,29 @@ def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
         typer.echo(line)
 
 
-def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> None:
-    """Show a run's events as they come; exits with 1 when it failed."""
-    from reparam_diffusion import events as e
+def _run(folder: Path, *, resume: bool = False, as_json: bool) -> None:
+    """Train here, also as one of several that were launched together, or have the run started and follow it."""
+    from reparam_diffusion.jobs import launchers, queue, runs, worker
+    from reparam_diffusion.training.processes import are_many
 
+    launch = runs.read_config(folder).launch
+    if are_many() or launchers.is_alone(launch):
+        _follow(worker.work(folder, resume=resume), folder, as_json=as_json)
+    told = runs.size_of_events(folder)
+    if launch.launcher == "ray":
+        queue.submit(folder, resume=resume)
+    else:
+        worker.launch(folder, resume=resume)
+    _follow(launchers.follow(folder, offset=told), folder, as_json=as_json)
+
+
+def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> NoReturn:
+    """Show a run's events as they come; exits with 1 when it failed. Of several processes only the first shows them."""
+    from reparam_diffusion import events as e
+    from reparam_diffusion.training.processes import is_first
+
+    if not is_first():
+        raise typer.Exit(int(any(isinstance(event, e.Failed) for event in events)))
     if as_json:
         failed = False
         for event in events:
@@ -326,7 +345,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"Error: {error}", err=True)
+        from reparam_diffusion.training.processes import is_first
+
+        if is_first():  # of several processes, one tells
+            typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
 
 

@@ -218,6 +218,17 @@ class OutputSettings(Settings):
     """Number format of the finished file."""
 
 
+class LaunchSettings(Settings):
+    launcher: Literal["local", "accelerate", "ray"] = "local"
+    """Who starts the run: local (here), accelerate (as "accelerate config" was answered here) or ray (on a cluster)."""
+    processes: int = Field(1, ge=1, le=64)
+    """Processes that train together, each with a batch of its own and, where there are GPUs, a GPU of its own."""
+    address: str = ""
+    """Ray only: where its dashboard is, such as http://head:8265. Empty takes the one on this machine."""
+    cores: int = Field(1, ge=1, le=1024)
+    """Ray only: processor cores that each process asks for, beside a GPU unless model.device is cpu."""
+
+
 class TrainConfig(Settings):
     """Everything a run needs. A run's config.toml is this, complete; it is itself a preset."""
 
@@ -235,6 +246,7 @@ class TrainConfig(Settings):
     training: TrainingSettings = TrainingSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     output: OutputSettings = OutputSettings()
+    launch: LaunchSettings = LaunchSettings()
 
 
 Partial = Mapping[str, Any]  # Any: nested settings as TOML gives them

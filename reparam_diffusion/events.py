@@ -24,6 +24,8 @@ class Launched(Event):
 
     pid: int
     folder: str
+    job: str = ""
+    """Ray's name for it, where Ray runs it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Started(Event):
     ranks: dict[str, int] = field(default_factory=dict)
     sets: list[str] = field(default_factory=list)
     """Where there are several sets: each in words, such as "sks toy: 6 pictures, weight 0.5"."""
+    processes: int = 1
 
 
 @dataclass(frozen=True)

@@ -83,20 +83,20 @@ def test_a_batch_depends_on_its_arguments_alone() -> None:
 def test_ranks_and_passes_share_out_the_global_batch(accumulation: int, ranks: int) -> None:
     data = made([5, 3], flip=True)
 
-    def step_of(step: int, accumulation: int, ranks: int) -> list[Drawn]:
+    def step_of(step: int, batch: int, ranks: int) -> list[Drawn]:
         return [
             one
             for micro in range(accumulation)
             for rank in range(ranks)
             for one in data.batch_at(
-                step, micro, batch=2, seed=7, accumulation=accumulation, rank=rank, ranks=ranks, caption_dropout=0.5
+                step, micro, batch=batch, seed=7, accumulation=accumulation, rank=rank, ranks=ranks, caption_dropout=0.5
             )
         ]
 
     for step in range(12):
-        shared = step_of(step, accumulation, ranks)
+        shared = step_of(step, 2, ranks)
         assert [one.index for one in shared] == list(range(2 * accumulation * ranks))
-        assert shared == step_of(step, accumulation * ranks, 1)
+        assert shared == step_of(step, 2 * ranks, 1)
 
 
 def test_flips_and_dropped_captions_come_as_often_as_asked() -> None:

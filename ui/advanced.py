@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Keep the class": ("prior", ()),
     "Layers": ("targets", ()),
     "Previews and file": ("output", ()),
+    "Many devices": ("launch", ()),
     "Base model": ("model", tuple(name for name in ModelSettings.model_fields if name != "path")),
 }  # fmt: skip
 """Title -> group of settings, and which of them (all when empty)."""

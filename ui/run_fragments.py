@@ -215,13 +215,17 @@ def _facts(state: RunState) -> str:
     """How large it all is."""
     started = state.started
     if started is None:
-        return ""
+        return f'<p class="quiet">{escape(state.where)}</p>' if state.where else ""
     told = (
         f"{started.pictures} pictures, {started.parameters:,} numbers in {started.sites} layers, "
-        f"a file of {plain_size(started.file_bytes)}, on {started.device} in {started.precision}."
+        f"a file of {plain_size(started.file_bytes)}, on {started.device} in {started.precision}{_where(state)}."
     )
     told += f" {'; '.join(started.sets)}." if started.sets else ""
     return f'<p class="quiet">{escape(told)}</p>'
+
+
+def _where(state: RunState) -> str:
+    return f", {state.where}" if state.where else ""
 
 
 def _assurance(state: RunState) -> str:

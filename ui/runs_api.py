@@ -102,6 +102,7 @@ def row_of(folder: Path, state: RunState) -> Row:
         "step": state.step,
         "steps": state.steps,
         "place": state.place,
+        "where": state.where,
         "message": state.message,
     }
 

@@ -102,16 +102,18 @@ class Dataset:
     ) -> list[Drawn]:
         """The samples of one forward pass: all of one size, and a function of the arguments alone.
 
-        `micro` counts the forward passes within a step; all ranks' batches together make the global batch.
+        `micro` counts the forward passes within a step. The ranks share out one batch of all of theirs, so that many
+        processes learn what one learns with the batch of all.
         """
         assert self.train, "a dataset without pictures"
         assert 0 <= micro < accumulation, "micro counts from 0 to accumulation - 1"
         assert 0 <= rank < ranks
-        place = micro * ranks + rank
-        number, at = divmod(step * accumulation * ranks + place, self.batches(batch))
-        passes = self.passes(batch)
-        items = _round(self.groups, number, passes=passes, batch=batch, seed=seed)[at]
-        first = place * batch
+        whole = batch * ranks
+        number, at = divmod(step * accumulation + micro, self.batches(whole))
+        passes = self.passes(whole)
+        drawn = _round(self.groups, number, passes=passes, batch=whole, seed=seed)[at]
+        items = drawn[rank * batch : (rank + 1) * batch]
+        first = micro * whole + rank * batch
         return [self._drawn(item, seed, step, first + i, caption_dropout) for i, item in enumerate(items)]
 
     def _drawn(self, item: int, seed: int, step: int, index: int, caption_dropout: float) -> Drawn:

@@ -21,7 +21,7 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    failed, steps = False, 0
+    failed, steps, said = False, 0, ""
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("Loading", total=None, note="")
         for event in events:
@@ -29,9 +29,10 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
                 case e.Prepared():
                     progress.update(task, description=event.phase.capitalize(), completed=event.done, total=event.total)
                 case e.Started():
+                    several = f" in {event.processes} processes" if event.processes > 1 else ""
                     console.print(
                         f"{event.method}: {event.sites} layers, {event.parameters:,} parameters, "
-                        f"{event.pictures} pictures, {event.precision} on {event.device}."
+                        f"{event.pictures} pictures, {event.precision} on {event.device}{several}."
                     )
                     steps = event.steps
                     progress.update(task, description="Training", completed=event.first_step - 1, total=steps)
@@ -40,7 +41,9 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
                     progress.update(task, description="Training", completed=event.step, total=steps, note=note)
             failed = isinstance(event, e.Failed)
             for line in _lines(event, folder):
-                console.print(line, markup=False)
+                if line != said:  # whoever starts a run and the run itself both say that it begins
+                    console.print(line, markup=False)
+                said = line
     return int(failed)
 
 
@@ -48,7 +51,7 @@ def _lines(event: e.Event, folder: Path) -> list[str]:
     """What stays on the screen after the bar has moved on."""
     match event:
         case e.Launched():
-            return [f"Run {folder.name}"]
+            return [f"Run {folder.name}", *([f"Ray job {event.job}"] if event.job else [])]
         case e.Started():
             return event.sets
         case e.Warned():

@@ -46,6 +46,8 @@ class RunState:
     """Seconds since 1970."""
     place: int = 0
     """Its place in the queue; 0 where it does not wait there."""
+    where: str = ""
+    """How it is run, where that is not one process of this machine: "2 processes", "Ray job …"."""
 
     @property
     def is_live(self) -> bool:
@@ -79,6 +81,7 @@ class Fold:
         self.gallery = ""
         self.ranks: dict[str, int] = {}
         self.seconds = 0.0
+        self.job = ""
 
     def feed(self, event: e.Event) -> None:
         """Take in one event."""
@@ -89,6 +92,7 @@ class Fold:
                 return  # a warning says nothing about where the run stands
             case e.Launched():
                 self.launched = event
+                self.job = event.job or self.job
                 self.phase = e.Prepared("starting", 0, 0)
             case e.Started():
                 self.started = event
@@ -141,8 +145,8 @@ class Fold:
         else:
             self.adapter = event.path
 
-    def state(self, *, is_held: bool) -> RunState:
-        """Where the run stands; `is_held` says whether a living process works on it."""
+    def state(self, *, is_held: bool, ended: str = "") -> RunState:
+        """Where the run stands; `is_held`: whether a living process works on it; `ended`: how that ended, if known."""
         now = self._now(is_held)
         step = self.steps[-1] if self.steps else 0
         total = self.started.steps if self.started else 0
@@ -160,7 +164,7 @@ class Fold:
             validations=[self.validations[key] for key in sorted(self.validations)],
             samples=sorted(self.samples.values(), key=lambda sample: sample.step),
             warnings=list(self.warnings),
-            message=self._message(now),
+            message=self._message(now, ended),
             seconds_per_step=pace,
             seconds_left=left,
             seconds=self.seconds,
@@ -171,6 +175,7 @@ class Fold:
             ranks=dict(self.ranks),
             pid=self.launched.pid if self.launched else 0,
             last_step_at=self.last_step_at,
+            where=self._where(),
         )
 
     def _now(self, is_held: bool) -> State:
@@ -189,14 +194,19 @@ class Fold:
             return "lost"
         return "queued" if isinstance(self.last, e.Prepared) and self.last.phase == WAITING else "running"
 
-    def _message(self, now: State) -> str:
+    def _where(self) -> str:
+        count = self.started.processes if self.started else 1
+        places = [f"{count} processes" if count > 1 else "", f"Ray job {self.job}" if self.job else ""]
+        return ", ".join(place for place in places if place)
+
+    def _message(self, now: State, ended: str) -> str:
         if now == "failed" and isinstance(self.last, e.Failed):
             return " ".join(part for part in (self.last.what, self.last.why, self.last.do) if part)
         if now == "lost":
             place = "It had no checkpoint yet, so it begins anew."
             if self.checkpoint is not None:
                 place = f"Its last checkpoint is at step {self.checkpoint}; Resume goes on from there."
-            return f"The program ended without a word. {place}"
+            return f"{ended or 'The program ended without a word.'} {place}"
         return ""
 
 

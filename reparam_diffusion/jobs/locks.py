@@ -6,8 +6,8 @@ import getpass
 import os
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,7 +32,11 @@ def device_name(device: str) -> str:
     from reparam_diffusion.models.precision import pick_device
 
     place = pick_device(device)
-    return place.type if place.type == "cpu" else f"{place.type}:{place.index or 0}"
+    if place.type != "cuda":
+        return place.type
+    number = place.index or 0
+    visible = [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    return f"cuda:{visible[number] if number < len(visible) and visible[number] else number}"
 
 
 def is_held(lock: Path) -> bool:
@@ -80,3 +84,13 @@ def try_hold(lock: Path, *, patience: float = 0.0) -> Iterator[bool]:
         yield True
     finally:
         held.release()
+
+
+@contextmanager
+def try_hold_all(locks: Sequence[Path]) -> Iterator[bool]:
+    """Hold all of these locks for the body if each is free, else none; says whether they are held."""
+    with ExitStack() as held:
+        has_all = all(held.enter_context(try_hold(lock)) for lock in locks)
+        if not has_all:
+            held.close()
+        yield has_all

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from functools import cache
 from pathlib import Path
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import runs
+from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
+
+SERVED_FOR = 10.0
+"""Seconds until it is seen to again that whoever serves the waiting runs is there."""
 
 
 class Overview:
@@ -20,6 +24,7 @@ class Overview:
         self._followers: dict[Path, runs.Follower] = {}
         self._ended: dict[Path, tuple[int, RunState]] = {}
         self._lock = threading.Lock()
+        self._served_until = time.monotonic() + SERVED_FOR
 
     def look(self) -> list[tuple[Path, RunState]]:
         """Every run with its state, the newest first."""
@@ -29,7 +34,11 @@ class Overview:
             for gone in self._followers.keys() - set(folders):
                 del self._followers[gone]
                 self._ended.pop(gone, None)
-        return [(folder, self.state_of(folder, line)) for folder in folders]
+        rows = [(folder, self.state_of(folder, line)) for folder in folders]
+        if time.monotonic() > self._served_until and any(state.state == "queued" or state.where for _, state in rows):
+            self._served_until = time.monotonic() + SERVED_FOR
+            queue.ensure_served(self.workspace)
+        return rows
 
     def state_of(self, folder: Path, line: set[str] | None = None) -> RunState:
         """One run's state. `line` are the names of those that wait, when they are known."""

@@ -19,7 +19,7 @@ from filelock import FileLock
 from reparam_diffusion import events as e
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
-from reparam_diffusion.jobs import locks, runs, worker
+from reparam_diffusion.jobs import locks, ray_jobs, runs, worker
 
 MODULE = "reparam_diffusion.jobs.queue"
 LOOK_AGAIN = 0.5  # seconds between two looks at the devices
@@ -39,13 +39,19 @@ def waiting(workspace: Path) -> list[Waiting]:
 
 
 def submit(folder: Path, *, resume: bool = False) -> bool:
-    """Start a run now, or line it up; says whether it started at once. Raises UserError when it is live or waits."""
+    """Start a run now, or line it up; says whether it started at once. Raises UserError when it is live or waits.
+
+    One for a Ray cluster goes there at once: Ray's resources are its queue.
+    """
     folder = folder.resolve()
-    runs.read_config(folder)
+    config = runs.read_config(folder)
     workspace = runs.workspace_of(folder)
     with _changing(workspace) as line:
         if runs.has_worker(folder) or folder.name in {one.run for one in line}:
             raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        if config.launch.launcher == "ray":
+            ray_jobs.hand_over(folder, resume=resume)
+            return False
         line.append(Waiting(folder.name, resume))
         started = _start_what_can(workspace, line)
     if folder.name not in started:
@@ -98,21 +104,21 @@ def _changing(workspace: Path) -> Iterator[list[Waiting]]:
 
 # --- starting --------------------------------------------------------------------------------------------------------
 def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
-    """Launch each run whose device is free and wanted by nobody before it; returns their names, out of the line now."""
+    """Launch each run whose devices are free and wanted by nobody before it; gives their names, out of the line now."""
     taken = _busy_devices(workspace)
     started = []
     for one in list(line):
         folder = workspace / "runs" / one.run
         try:
-            device = worker.device_of(runs.read_config(folder))
+            devices = set(worker.devices_of(runs.read_config(folder)))
         except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
             line.remove(one)
             _tell(folder, error)
             continue
-        if device in taken or locks.is_held(locks.device_lock(device)):
-            taken.add(device)
+        is_free = not devices & taken and not any(locks.is_held(locks.device_lock(device)) for device in devices)
+        taken |= devices
+        if not is_free:
             continue
-        taken.add(device)
         line.remove(one)
         if runs.has_worker(folder):
             continue
@@ -130,7 +136,10 @@ def _tell(folder: Path, error: UserError) -> None:
 def _busy_devices(workspace: Path) -> set[str]:
     """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
     return {
-        worker.device_of(runs.read_config(folder)) for folder in runs.list_runs(workspace) if runs.has_worker(folder)
+        device
+        for folder in runs.list_runs(workspace)
+        if runs.has_worker(folder)
+        for device in worker.devices_of(runs.read_config(folder))
     }
 
 
@@ -140,8 +149,12 @@ def _dispatcher_lock(workspace: Path) -> Path:
 
 
 def ensure_served(workspace: Path) -> None:
-    """Start the dispatcher when somebody waits and none is there, such as after a restart of the machine."""
+    """Start the dispatcher when somebody waits and none is there, such as after a restart of the machine.
+
+    The same for whoever tends the runs that Ray has.
+    """
     workspace = workspace.resolve()
+    ray_jobs.ensure_tended(workspace)
     if not waiting(workspace) or locks.is_held(_dispatcher_lock(workspace)):
         return
     with (workspace / "queue.log").open("ab") as log:

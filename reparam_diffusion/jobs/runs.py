@@ -20,6 +20,7 @@ from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
+from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, read_note
 
 __all__ = [
     "EventLog",
@@ -36,6 +37,7 @@ __all__ = [
     "read_config",
     "read_events",
     "read_queue",
+    "size_of_events",
     "state_of",
     "take_sample",
     "with_start",
@@ -195,6 +197,14 @@ def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
     return found, offset + len(whole)
 
 
+def size_of_events(folder: Path) -> int:
+    """Bytes that a run has told so far: from there on its events are new."""
+    try:
+        return (folder / "events.jsonl").stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 class Follower:
     """Follows one run: each look reads only what is new."""
 
@@ -209,9 +219,13 @@ class Follower:
         held = is_held(run_lock(self.folder))
         self._read()
         last = self._fold.last
-        state = self._fold.state(is_held=held or _is_starting(last))
+        note = read_note(self.folder)
+        held = held or _is_starting(last) or (note is not None and note.is_live)
+        state = self._fold.state(is_held=held, ended=note.ended if note else "")
         if state.state == "lost" and is_held(run_lock(self.folder)):
             state = self._fold.state(is_held=True)  # a worker took it between the two looks
+        if note is not None and note.waits and not is_held(run_lock(self.folder)):
+            return replace(state, state="queued", phase=WAITING_FOR_RAY, phase_total=0, message="")
         if state.is_live:
             return state
         line = list(read_queue(workspace_of(self.folder)))
@@ -229,8 +243,9 @@ class Follower:
 
 
 def has_worker(folder: Path) -> bool:
-    """Whether a process works on the run, or was launched for it and is on its way to the lock."""
-    return is_held(run_lock(folder)) or _is_starting(_last_event(folder))
+    """Whether a process works on the run, or was launched for it and is on its way to the lock, or Ray has it."""
+    note = read_note(folder)
+    return is_held(run_lock(folder)) or _is_starting(_last_event(folder)) or (note is not None and note.is_live)
 
 
 def _last_event(folder: Path) -> Event | None:
@@ -246,7 +261,7 @@ def _last_event(folder: Path) -> Event | None:
 
 def _is_starting(last: Event | None) -> bool:
     """Whether a process was launched that lives but has not got as far as the lock."""
-    return isinstance(last, Launched) and _is_alive(last.pid, started=last.time)
+    return isinstance(last, Launched) and last.pid > 0 and _is_alive(last.pid, started=last.time)
 
 
 def _is_alive(pid: int, *, started: float) -> bool:

@@ -1,6 +1,7 @@
 """The worker: trains one run, writes what happens to events.jsonl, heeds requests, and shelves the adapter.
 
-`work` runs in this process and yields the events; `launch` starts it as a process of its own that outlives its parent.
+`work` runs in this process and yields the events; `launch` starts it as a process of its own that outlives its parent,
+or as several that train together: then the first is the worker, and the others take its steps with it in silence.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from types import FrameType
 from typing import IO, Protocol
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
+import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import of_run
-from reparam_diffusion.jobs import locks, runs
+from reparam_diffusion.jobs import launchers, locks, runs
 from reparam_diffusion.jobs.fold import WAITING
+from reparam_diffusion.jobs.ray_note import read_note
+from reparam_diffusion.models.precision import pick_device
+from reparam_diffusion.training.processes import Processes, are_many, is_first, join_processes, leave_processes, rank_of
 
 MODULE = "reparam_diffusion.jobs.worker"
 LOOK_AGAIN = 0.5  # seconds between two tries for the device
@@ -48,10 +53,14 @@ def work(
     """Train the run in `folder` and yield its events, each written to events.jsonl first. Errors come as Failed.
 
     Raises UserError before the first event when another process works on the run. Requests left from before are
-    forgotten unless `keep_requests`. `train` stands in for the loop in tests.
+    forgotten unless `keep_requests`. `train` stands in for the loop in tests. A process beside the first yields nothing
+    but its failure.
     """
     folder = folder.resolve()
     config = runs.read_config(folder)
+    if not is_first():
+        yield from _work_along(config, folder, resume=resume, train=train)
+        return
     with locks.hold_run(folder), heeded_signals() as signalled, runs.EventLog(folder) as log:
         if not keep_requests:
             runs.clear_requests(folder)
@@ -63,8 +72,19 @@ def work(
             log.append(event)
             yield event
         runs.clear_requests(folder)
-    if train is None:
+    leave_processes()
+    if train is None and not are_many():
         _remember_pace(folder)
+
+
+def _work_along(config: TrainConfig, folder: Path, *, resume: bool, train: Train | None) -> Iterator[e.Event]:
+    """What a process beside the first does: the same steps, and words only for its own failure."""
+    for event in _told(config, folder, lambda: "", resume=resume, train=train):
+        if isinstance(event, e.Failed):
+            sys.stderr.write(f"Process {rank_of()}: {event.what} {event.why}\n")
+            yield event
+            return
+    leave_processes()
 
 
 def _remember_pace(folder: Path) -> None:
@@ -84,24 +104,34 @@ def _told(
     except UserError as error:
         yield e.Failed(error.what, error.why, error.do)
     except Exception as error:  # The worker's door: nobody else is left to tell, and the run must not end in silence.
-        with runs.log_file(folder).open("a", encoding="utf-8") as log:
-            traceback.print_exception(error, file=log)
+        if is_first():
+            with runs.log_file(folder).open("a", encoding="utf-8") as log:
+                traceback.print_exception(error, file=log)
+        else:
+            traceback.print_exception(error)
         yield _explained(error, folder)
 
 
 def _on_device(
     config: TrainConfig, folder: Path, stop: Callable[[], str], *, resume: bool, train: Train | None
 ) -> Iterator[e.Event]:
-    """Wait for the device, train on it, and put the adapter on the shelf."""
-    lock = locks.device_lock(device_of(config))
+    """Wait for the devices, train on them, and put the adapter on the shelf."""
+    processes = join_processes(pick_device(config.model.device))
+    wanted = [locks.device_lock(device) for device in _own_devices(config, processes)]
     last = runs.state_of(folder).step
     with ExitStack() as held:
+        if not processes.is_main:
+            held.enter_context(heeded_signals())  # a signal to all is the first one's to heed
         has_said = False
-        while not held.enter_context(locks.try_hold(lock)):
+        while True:
+            with ExitStack() as tried:
+                if processes.have_all(tried.enter_context(locks.try_hold_all(wanted))):
+                    held.push(tried.pop_all())
+                    break
             if not has_said:
                 yield e.Prepared(WAITING, 0, 1)
                 has_said = True
-            request = stop()
+            request = processes.agree(stop())
             if request in ("stop", "pause"):
                 yield e.Paused(last) if request == "pause" else e.Stopped(last, "")
                 return
@@ -114,14 +144,40 @@ def _on_device(
         for event in train(config, stop=stop, folder=folder, resume=resume):
             if isinstance(event, e.Sampled):
                 preview = folder / event.path
-            if isinstance(event, e.Finished | e.Stopped) and event.path:
+            if processes.is_main and isinstance(event, e.Finished | e.Stopped) and event.path:
                 yield _shelved(config, folder, folder / event.path, preview, step=event.step)
             yield event
 
 
 def device_of(config: TrainConfig) -> str:
-    """The name under which the run's device is locked."""
+    """The name under which the run's device, the first of several, is locked."""
     return locks.device_name(config.model.device)
+
+
+def devices_of(config: TrainConfig) -> list[str]:
+    """The names of all devices of this machine that the run will lock; none where Ray gives them out."""
+    launch = config.launch
+    if launch.launcher == "ray":
+        return []
+    first = device_of(config)
+    count = launch.processes
+    if launch.launcher == "accelerate" and count == 1:  # then what was answered to `accelerate config` counts
+        count = torch.cuda.device_count()
+    return _several(first, count)
+
+
+def _own_devices(config: TrainConfig, processes: Processes) -> list[str]:
+    """Which devices this process locks: the first of a machine those of all its processes, the others none."""
+    if config.launch.launcher == "ray" or processes.local_rank:
+        return []
+    return _several(device_of(config), processes.local_ranks)
+
+
+def _several(first: str, count: int) -> list[str]:
+    """The names of the devices of so many processes: a GPU each, or the one processor for all."""
+    if count < 2 or not first.startswith("cuda"):
+        return [first]
+    return [locks.device_name(f"cuda:{number}") for number in range(count)]
 
 
 def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None, *, step: int) -> e.Event:
@@ -160,8 +216,6 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on whatever device."""
-    import torch
-
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
@@ -198,25 +252,30 @@ def launch(folder: Path, *, resume: bool = False) -> int:
     Raises UserError when the run is being worked on already.
     """
     folder = folder.resolve()
-    runs.read_config(folder)
+    config = runs.read_config(folder)
     if runs.has_worker(folder):
         raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
     runs.clear_requests(folder)
-    command = [sys.executable, "-m", MODULE, str(folder)] + (["--resume"] if resume else [])
+    command = launchers.command_of(config.launch, MODULE, arguments_of(folder, resume=resume))
     with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
-        process = start_detached(command, log)
+        process = start_detached(command, log, share=config.launch.processes)
         events.append(e.Launched(process.pid, str(folder)))
     return process.pid
 
 
-def start_detached(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a process that outlives this one, with its words in `log`."""
+def arguments_of(folder: Path, *, resume: bool) -> list[str]:
+    """The worker's own command line."""
+    return [str(folder), *(["--resume"] if resume else [])]
+
+
+def start_detached(command: list[str], log: IO[bytes], *, share: int = 1) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one, with its words in `log`. `share`: how many share the processor."""
     process = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
-        env=_environment(),
+        env=environment_of(share),
         start_new_session=True,
         creationflags=_creation_flags(),
     )
@@ -232,12 +291,12 @@ def _creation_flags() -> int:
     return 0
 
 
-def _environment() -> dict[str, str]:
+def environment_of(share: int) -> dict[str, str]:
     """The parent's environment, with the library found wherever the parent found it and one thread a physical core."""
     environment = dict(os.environ)
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(path for path in (root, environment.get("PYTHONPATH", "")) if path)
-    environment["OMP_NUM_THREADS"] = str(threads())
+    environment["OMP_NUM_THREADS"] = str(max(1, threads() // share))
     return environment
 
 
@@ -256,13 +315,18 @@ def main(arguments: list[str] | None = None, *, train: Train | None = None) -> i
     parser = argparse.ArgumentParser(prog=MODULE, description="Train one run.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--job", default="", help="the Ray job that this is; another one may have taken its place")
     options = parser.parse_args(arguments)
+    note = read_note(options.folder)
+    if options.job and (note is None or note.job != options.job or not note.is_live):
+        return 0  # it was stopped while it waited, or another job does the run now
     try:
         failed = False
         for event in work(options.folder, resume=options.resume, keep_requests=True, train=train):
             failed = isinstance(event, e.Failed)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        if is_first():
+            sys.stderr.write(f"{error}\n")
         return 2
     return int(failed)
 

@@ -50,6 +50,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
     numbers: dict[str, Any] = spec.model_dump()
     rank = numbers.get("rank") or numbers.get("init_rank") or numbers.get("block_size") or 0
     dataset = material.dataset
+    shown = training.batch * training.accumulation * learner.processes.ranks  # pictures a step
     return TrainingFacts(
         name=adapter_name(config),
         method=spec.method,
@@ -71,7 +72,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         trains_text=trains_text(config),
         steps=step,
         total_steps=training.steps,
-        epochs=step * training.batch * training.accumulation / max(1, dataset.shown),
+        epochs=step * shown / max(1, dataset.shown),
         batch=training.batch,
         accumulation=training.accumulation,
         processes=learner.processes.ranks,

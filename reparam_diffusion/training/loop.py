@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
-from reparam_diffusion.training.processes import Processes
+from reparam_diffusion.training.processes import Processes, is_first
 from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.start import keep_start
@@ -51,6 +52,10 @@ from reparam_diffusion.training.state import State, load_checkpoint, save_checkp
 Asked = Callable[[], str | bool]
 """Asked before each step: "" or False goes on, "stop" or True ends with an adapter, "pause" with a checkpoint, "sample"
 draws the previews now."""
+
+
+READY = "ready"
+"""What the first process says when the pictures and captions are encoded."""
 
 
 def never() -> str:
@@ -78,9 +83,7 @@ def train(
     start = keep_start(config, folder, is_main=processes.is_main)
     sites = plan_run(model, config, start=start)
     word = new_word(model, config, start=start)
-    yield from _notes(config, sites, word)
-    for note in settled(model, config):
-        yield Warned(note)
+    yield from _notes(model, config, sites, word)
     with spoken(model, [] if word is None else [word]):
         material = yield from _prepared(model, config, folder, processes, stop=stop, saved=saved)
     if material is None:
@@ -101,24 +104,26 @@ def train(
         pictures=len(material.dataset.train),
         ranks=learner.ranks(),
         sets=told_sets(config, material),
+        processes=processes.ranks,
     )
     look = _Look(setup, learner)
     with learner, at_work(model, config):
         for step in range(first, training.steps + 1):
             asked = processes.agree(str(stop() or ""))
             if asked == "sample":
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from look.keep(step - 1)
+                yield from processes.only_main(look.keep(step - 1))
                 if asked == "pause":
                     yield Paused(step - 1)
                     return
                 path = look.finish(step - 1)
-                yield from look.draw(step - 1)
+                yield from processes.only_main(look.draw(step - 1))
                 yield Stopped(step - 1, path)
                 return
             clock = time.perf_counter()
-            loss = forward_and_backward(setup, learner, step)
+            loss = processes.mean(forward_and_backward(setup, learner, step))
+            _check_loss(loss, step)
             if step == first:
                 learner.check_gradients()
             fresh = learner.kept() if step == 1 else None
@@ -143,17 +148,21 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
         learner.injection.set_draw(draw_of(samples, setup.config, step))
         loss = loss_of(setup, samples, step)
         total += float(loss.detach()) / passes
-        if not math.isfinite(total):
-            raise UserError(
-                f"The loss became {total} at step {step}.",
-                "The learning rate is too high for these settings, or the model's number format too small.",
-                "Start again with a lower learning rate, or with model.precision = fp32.",
-            )
         penalty = learner.penalty() if micro == 0 else None
         whole = loss / passes if penalty is None else loss / passes + penalty
         learner.scaler.scale(whole).backward()
     learner.injection.set_draw(None)
     return total
+
+
+def _check_loss(loss: float, step: int) -> None:
+    """Refuse a loss that is no number; all processes see the same one and end alike."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"The loss became {loss} at step {step}.",
+            "The learning rate is too high for these settings, or the model's number format too small.",
+            "Start again with a lower learning rate, or with model.precision = fp32.",
+        )
 
 
 class _Look:
@@ -171,20 +180,21 @@ class _Look:
         self.ranks = learner.ranks()
 
     def at(self, step: int) -> Iterator[Event]:
-        """What is due after this step (0: the base model)."""
-        if not self.learner.processes.is_main:
-            return
+        """What is due after this step (0: the base model). The first process does it, the others wait."""
         last = self.config.training.steps
+        due: list[Iterator[Event]] = []
         if step % self.validate_every == 0 or step == last:
-            yield from self._validate(step)
+            due.append(self._validate(step))
         if step % self.sample_every == 0 or step == last:
-            yield from self.draw(step)
+            due.append(self.draw(step))
         if step and (step % self.checkpoint_every == 0 or step == last):
-            yield from self.keep(step)
+            due.append(self.keep(step))
+        if due:
+            yield from self.learner.processes.only_main(chain.from_iterable(due))
 
     def draw(self, step: int) -> Iterator[Event]:
         """The preview pictures at this step."""
-        if self.prompts and self.learner.processes.is_main:
+        if self.prompts:
             give_back()
             with self.learner.averaged():
                 for number, prompt in enumerate(self.prompts):
@@ -195,14 +205,13 @@ class _Look:
 
     def keep(self, step: int) -> Iterator[Event]:
         """A checkpoint at this step."""
-        if not self.learner.processes.is_main:
-            return
         state: State = {
             "schema": 1,
             "step": step,
             "precision": name_of(self.setup.model.dtype),
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
+            "processes": self.learner.processes.ranks,
             **self.learner.state(),
         }
 
@@ -245,10 +254,13 @@ class _Look:
 def _prepared(
     model: Model, config: TrainConfig, folder: Path, processes: Processes, *, stop: Asked, saved: State | None
 ) -> Generator[Event, None, Material | None]:
-    """The material; None when a request ended the run before it was there."""
+    """The material; None when a request ended the run before it was there.
+
+    The first process draws and encodes, the others wait and find it done.
+    """
     done = 0 if saved is None else saved["step"]
-    if not processes.is_main:
-        processes.wait()  # the first process draws and encodes, the others find it done
+    if not processes.is_main and processes.wait_for_main() != READY:
+        return None
     preparing = prepare(model, config, folder, text_is_live=text_is_live(config))
     while True:
         try:
@@ -256,12 +268,16 @@ def _prepared(
         except StopIteration as end:
             material: Material = end.value
             break
-        asked = stop() if processes.ranks == 1 else ""
+        if not processes.is_main:
+            continue  # the first process has drawn and encoded everything
+        asked = stop()
         if asked and asked != "sample":
+            processes.agree(str(asked))
             yield Paused(done) if asked == "pause" else Stopped(done, "")
             return None
+        processes.agree("")
     if processes.is_main:
-        processes.wait()
+        processes.agree(READY)
     give_back()
     check_captions(config, [item.caption for item in material.dataset.train])
     return material
@@ -270,7 +286,7 @@ def _prepared(
 def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
     """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
     settings = folder / "config.toml"
-    if not settings.is_file():
+    if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
     if not resume and steps_saved(folder):
         raise UserError(
@@ -284,9 +300,9 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
     return saved
 
 
-def _notes(config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
+def _notes(model: Model, config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
     """What had to be settled, for some layers each kind once."""
-    for told in notes_on(config):
+    for told in (*notes_on(config), *settled(model, config)):
         yield Warned(told)
     if word is not None and word.count != (asked := config.embedding.vectors):
         yield Warned(f"The trigger word has {word.count} vectors, as in the adapter it starts from, not {asked}.")
@@ -300,11 +316,11 @@ def _picked_up(learner: Learner, saved: State | None, model: Model) -> Generator
     if saved is None:
         return 1
     learner.load_state(saved)
-    yield from _differences(saved, model)
+    yield from _differences(saved, model, learner.processes.ranks)
     return int(saved["step"]) + 1
 
 
-def _differences(saved: State, model: Model) -> Iterator[Event]:
+def _differences(saved: State, model: Model, processes: int) -> Iterator[Event]:
     """What keeps a resumed run from being bit for bit the same."""
     if saved["threads"] != torch.get_num_threads() and model.device.type == "cpu":
         yield Warned(
@@ -312,3 +328,13 @@ def _differences(saved: State, model: Model) -> Iterator[Event]:
         )
     if saved["torch"] != str(torch.__version__):
         yield Warned(f"The run used torch {saved['torch']}, now {torch.__version__}: sums may round differently.")
+    before = saved.get("processes", 1)
+    if before != processes:
+        yield Warned(
+            f"The run trained in {_counted(before)}, now in {_counted(processes)}: a step shows {processes / before:g} "
+            "times as many pictures."
+        )
+
+
+def _counted(processes: int) -> str:
+    return "one process" if processes == 1 else f"{processes} processes"

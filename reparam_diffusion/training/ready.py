@@ -11,7 +11,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
-from reparam_diffusion.models.precision import faster_on_cpu, pick_device, pick_precision
+from reparam_diffusion.models.precision import DTYPES, faster_on_cpu, name_of, pick_device, pick_precision
 from reparam_diffusion.training.batch import teaches_text, text_is_live
 from reparam_diffusion.training.processes import Processes, join_processes
 
@@ -26,7 +26,9 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
         )
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
-    dtype = dtype_of(config.model.path, precision, processes.device)
+    # The first process decides: each would measure for itself, and two may come to different answers.
+    name = name_of(dtype_of(config.model.path, precision, processes.device)) if processes.is_main else ""
+    dtype = DTYPES[processes.agree(name)]
     model = load_model(
         config.model.path,
         device=processes.device,

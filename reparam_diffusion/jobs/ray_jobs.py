@@ -1,0 +1,289 @@
+"""Runs on a Ray cluster: handed over through its job API, watched there, stopped there. Ray's resources are the queue.
+
+The workspace lies on a folder that all machines share. Only the tender (`python -m reparam_diffusion.jobs.ray_jobs
+WORKSPACE`, a small process of its own) talks to Ray; what it hears goes into the run's folder, where looking is free.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shlex
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from reparam_diffusion import events as e
+from reparam_diffusion.config import LaunchSettings, TrainConfig
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.jobs import launchers, locks, runs, worker
+from reparam_diffusion.jobs.ray_note import RayNote, read_note, write_note
+
+MODULE = "reparam_diffusion.jobs.ray_jobs"
+HERE = "http://127.0.0.1:8265"
+LOOK_AGAIN = 1.0  # seconds between two questions to Ray
+CONNECT = 5.0  # seconds to wait for an answer
+SILENCE = 60.0  # seconds without an answer after which a run counts as lost
+GRACE = 300.0  # seconds in which a run that was asked to stop must show life
+
+Client = Any
+"""ray's JobSubmissionClient. Any: ray is optional."""
+
+
+def hand_over(folder: Path, *, resume: bool) -> None:
+    """Have a run done by Ray. Raises UserError for what Ray cannot be asked; what Ray answers is told by the run."""
+    config = runs.read_config(folder)
+    _check(config)
+    runs.clear_requests(folder)
+    write_note(folder, RayNote(_new_name(folder), resume=resume))
+    ensure_tended(runs.workspace_of(folder))
+
+
+def _check(config: TrainConfig) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise UserError(
+            "Ray is not installed.",
+            "Runs on a cluster need it.",
+            "Run: pip install -r requirements-extras.txt",
+            place="launch.launcher",
+        )
+    address = urlsplit(config.launch.address or HERE)
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise UserError(
+            f'"{config.launch.address}" is no address of a Ray dashboard.',
+            do="Write it as http://machine:8265.",
+            place="launch.address",
+        )
+    if ":" in config.model.device:
+        raise UserError(
+            f"Ray gives out the GPUs, so {config.model.device} cannot be chosen.",
+            do="Use auto, cuda or cpu.",
+            place="model.device",
+        )
+
+
+def _new_name(folder: Path) -> str:
+    return f"{folder.name}-{uuid.uuid4().hex[:6]}"
+
+
+# --- the tender ------------------------------------------------------------------------------------------------------
+def _lock(workspace: Path) -> Path:
+    return workspace / ".ray.lock"
+
+
+def _live(workspace: Path) -> list[tuple[Path, RayNote]]:
+    """The runs that Ray has, or is to have, in the order of their names."""
+    found = ((file.parent, read_note(file.parent)) for file in sorted((workspace / "runs").glob("*/ray.json")))
+    return [(folder, note) for folder, note in found if note is not None and note.is_live]
+
+
+def ensure_tended(workspace: Path) -> None:
+    """Start the tender when there is something to tend and none is there."""
+    workspace = workspace.resolve()
+    if locks.is_held(_lock(workspace)) or not _live(workspace):
+        return
+    with (workspace / "ray.log").open("ab") as log:
+        worker.start_detached([sys.executable, "-m", MODULE, str(workspace)], log)
+
+
+def serve(workspace: Path) -> None:
+    """Hand over, watch and stop until Ray has no run of this workspace any more. A second tender ends at once."""
+    workspace = workspace.resolve()
+    while _live(workspace):  # asked again without the lock: somebody may have come while it was let go
+        with locks.try_hold(_lock(workspace), patience=1.0) as held:
+            if not held:
+                return
+            tender = Tender()
+            while live := _live(workspace):
+                for folder, note in live:
+                    tender.tend(folder, note)
+                time.sleep(LOOK_AGAIN)
+
+
+class Tender:
+    """Talks to Ray for the runs of a workspace; remembers its clients, and since when each address is silent."""
+
+    def __init__(self) -> None:
+        self._clients: dict[str, Client] = {}
+        self._silent: dict[str, float] = {}
+
+    def tend(self, folder: Path, note: RayNote) -> None:
+        """One look at one run: hand it over, or hear how it stands, or have it stopped."""
+        launch = runs.read_config(folder).launch
+        address = launch.address or HERE
+        try:
+            client = self._client(address)
+            if note.status == "NEW":
+                self._begin(folder, note, client, address)
+            else:
+                self._hear(folder, note, client)
+            self._silent.pop(address, None)
+        except UserError as error:
+            write_note(folder, replace(note, status="FAILED", message=str(error)))
+            _tell(folder, e.Failed(error.what, error.why, error.do))
+        except OSError:  # no connection: also requests' own errors are that
+            self._bear_silence(folder, note, address)
+
+    def _client(self, address: str) -> Client:
+        if address not in self._clients:
+            parts = urlsplit(address)
+            socket.create_connection(
+                (parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)), CONNECT
+            ).close()
+            self._clients[address] = _connect(address)
+        return self._clients[address]
+
+    def _bear_silence(self, folder: Path, note: RayNote, address: str) -> None:
+        """A run that is not there yet fails; one that Ray has is waited for a while."""
+        self._clients.pop(address, None)
+        error = UserError(
+            f"Ray at {address} does not answer.", "", "Start the cluster, or correct launch.address, then resume."
+        )
+        since = self._silent.setdefault(address, time.monotonic())
+        if note.status == "NEW":
+            write_note(folder, replace(note, status="FAILED", message=error.what))
+            _tell(folder, e.Failed(error.what, error.why, error.do))
+        elif time.monotonic() - since > SILENCE:
+            write_note(folder, replace(note, status="SILENT", message=f"{error.what} {error.do}"))
+
+    def _begin(self, folder: Path, note: RayNote, client: Client, address: str) -> None:
+        """Submit the job. All that is told is told before, so that nobody writes while the job does."""
+        if request := runs.asked(folder):
+            _end(folder, note, request)
+            return
+        config = runs.read_config(folder)
+        cores, cards = _wanted(config)
+        words = [*worker.arguments_of(folder, resume=note.resume), "--job", note.job]
+        command = launchers.command_of(config.launch, worker.MODULE, words)
+        _tell(folder, e.Launched(0, str(folder), note.job), *_fits(address, cores, cards))
+        try:
+            client.submit_job(
+                entrypoint=f"{shlex.join(command)} >> {shlex.quote(str(runs.log_file(folder)))} 2>&1",
+                submission_id=note.job,
+                entrypoint_num_cpus=cores,
+                entrypoint_num_gpus=cards,
+                runtime_env={"env_vars": _environment(config.launch)},
+            )
+        except RuntimeError as error:
+            if note.job not in {
+                job.submission_id for job in client.list_jobs()
+            }:  # else a tender before this one was cut off
+                raise UserError("Ray refused the job.", str(error).splitlines()[0][:200]) from None
+        write_note(folder, replace(note, status="PENDING"))
+
+    def _hear(self, folder: Path, note: RayNote, client: Client) -> None:
+        """Take down how the job stands, and have it stopped where that was asked for in vain."""
+        try:
+            info = client.get_job_info(note.job)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise OSError(str(error)) from error  # the cluster is in trouble, as when it does not answer
+            write_note(folder, replace(note, status="FAILED", message="Ray does not know the job any more."))
+            return
+        status, request = str(info.status.value), runs.asked(folder)
+        if info.status.is_terminal():
+            if info.error_type == "JOB_SUPERVISOR_ACTOR_START_TIMEOUT" and not request:
+                write_note(folder, RayNote(_new_name(folder), resume=note.resume))  # Ray lets nobody wait for long
+                return
+            _keep_log(folder, client, note.job)
+            words = (info.message or "").partition(", last available logs")[0].strip().splitlines()
+            told = f"Ray ended the job: {words[0].rstrip('.')}." if words else "Ray ended the job."
+            write_note(folder, replace(note, status=status, message=told))
+        elif status == "PENDING" and request:
+            client.stop_job(note.job)
+            _end(folder, note, request)
+        elif request and _is_deaf(folder, request):
+            client.stop_job(note.job)
+        elif status != note.status:
+            write_note(folder, replace(note, status=status))
+
+
+def _connect(address: str) -> Client:
+    try:
+        from ray.job_submission import JobSubmissionClient
+    except ImportError:
+        raise UserError(
+            "Ray is not installed whole.", "Its job API is missing.", "Run: pip install -r requirements-extras.txt"
+        ) from None
+    try:
+        return JobSubmissionClient(address)
+    except RuntimeError as error:
+        raise UserError(
+            f"What answers at {address} is no Ray dashboard.",
+            str(error).splitlines()[0][:200],
+            "Correct launch.address, then resume.",
+        ) from None
+
+
+def _wanted(config: TrainConfig) -> tuple[int, int]:
+    """Processor cores and GPUs that a run's job asks for."""
+    count = config.launch.processes
+    return config.launch.cores * count, 0 if config.model.device == "cpu" else count
+
+
+def _environment(launch: LaunchSettings) -> dict[str, str]:
+    own = worker.environment_of(1)
+    return {"PYTHONPATH": own["PYTHONPATH"], "OMP_NUM_THREADS": str(launch.cores)}
+
+
+def _fits(address: str, cores: int, cards: int) -> Iterator[e.Event]:
+    """A note where no machine of the cluster, as it is now, is large enough."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(address=address, filters=[("state", "=", "ALIVE")])
+    except RayStateApiException:
+        return  # a cluster that does not tell its sizes still takes jobs
+    sizes = [(int(node.resources_total.get("CPU", 0)), int(node.resources_total.get("GPU", 0))) for node in nodes]
+    if not any(has >= cores and shows >= cards for has, shows in sizes):
+        told = " or ".join(f"{has} cores and {shows} GPUs" for has, shows in sorted(set(sizes))[-3:]) or "nothing"
+        yield e.Warned(
+            f"The run asks Ray for a machine with {cores} cores and {cards} GPUs; the cluster's have {told} now. "
+            "It waits until a larger one joins."
+        )
+
+
+def _end(folder: Path, note: RayNote, request: str) -> None:
+    """A run that never began ends as asked."""
+    step = runs.state_of(folder).step
+    write_note(folder, replace(note, status="STOPPED"))
+    _tell(folder, e.Paused(step) if request == "pause" else e.Stopped(step, ""))
+
+
+def _is_deaf(folder: Path, request: str) -> bool:
+    """Whether a run was asked long ago and has told nothing since for as long."""
+    try:
+        last = max((folder / "ask" / request).stat().st_mtime, (folder / "events.jsonl").stat().st_mtime)
+    except FileNotFoundError:
+        return False  # it has taken the request
+    return time.time() - last > GRACE
+
+
+def _keep_log(folder: Path, client: Client, job: str) -> None:
+    """Put what Ray itself has to say behind the run's own log."""
+    lines = [line for line in str(client.get_job_logs(job)).splitlines() if "Running entrypoint" not in line]
+    with runs.log_file(folder).open("a", encoding="utf-8") as log:
+        log.write("\n".join([f"--- Ray's log of {job}", *lines, ""]))
+
+
+def _tell(folder: Path, *events: e.Event) -> None:
+    with runs.EventLog(folder) as log:
+        for event in events:
+            log.append(event)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m reparam_diffusion.jobs.ray_jobs WORKSPACE`."""
+    (workspace,) = sys.argv[1:] if arguments is None else arguments
+    serve(Path(workspace))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
