@@ -194,7 +194,7 @@ class EmbeddingSettings(Settings):
     vectors: int = Field(0, ge=0, le=16)
     """Learn the trigger word itself as so many vectors, along with the adapter and in its file; 0 does not."""
     words: str = ""
-    """What the trigger word begins as, such as "plush bear"; empty takes the class word."""
+    """What the trigger word begins as, such as "plush bear"; empty begins with what the model reads in it now."""
     learning_rate: float = Field(1e-3, gt=0, le=1)
     """Learning rate of the vectors."""
 

@@ -127,7 +127,9 @@ def test_a_preferred_strength_is_taken_as_far_as_the_slider_goes(tmp_path: Path,
 def test_the_shelf_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looks: list[Path] = []
     plain = shelf.list_adapters
-    monkeypatch.setattr(shelf, "list_adapters", lambda workspace: looks.append(workspace) or plain(workspace))
+    monkeypatch.setattr(
+        shelf, "list_adapters", lambda workspace, **most: looks.append(workspace) or plain(workspace, **most)
+    )
     folder = put(tmp_path, "one").parent
     assert form.adapter_choices(tmp_path) == form.adapter_choices(tmp_path) == [("None", ""), ("one", "one")]
     assert form.use_of("one", tmp_path) == Use(name="one") and form.trigger_of("runs/a/b.safetensors", tmp_path) == ""
@@ -135,6 +137,14 @@ def test_the_shelf_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: py
     put(tmp_path, "two")
     os.utime(folder, ns=(1, 1))
     assert {stem for _, stem in form.adapter_choices(tmp_path)} == {"", "one", "two"}
+
+
+def test_a_long_shelf_offers_its_newest_and_takes_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(form, "MOST_OFFERED", 2)
+    for age, stem in enumerate(("old", "newer", "newest")):
+        os.utime(put(tmp_path, stem), ns=(age, age))
+    assert form.adapter_choices(tmp_path) == [("None", ""), ("newest", "newest"), ("newer", "newer")]
+    assert form.use_of("old", tmp_path) == Use(name="old")
 
 
 def test_after_a_reload_the_form_is_as_it_was_asked_for(tab: GenerateTab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Step
 from reparam_diffusion.jobs import launchers, locks, queue, runs, worker
 from reparam_diffusion.training.loop import train
+from ui import run_fragments
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
@@ -105,15 +106,16 @@ def gone(*processes: psutil.Process) -> bool:
     return not any(process.is_running() for process in processes)
 
 
-def test_a_request_reaches_all_processes_and_only_the_first_writes(pretended: Path) -> None:
+def test_ctrl_c_reaches_all_processes_and_only_the_first_writes(pretended: Path) -> None:
     assert worker.launch(pretended)
-    told = list(islice(launchers.follow(pretended, offset=0), 4))
-    assert isinstance(told[2], e.Started) and told[2].processes == 2
-    assert runs.state_of(pretended).where == "2 processes"
-    assert locks.is_held(locks.device_lock("cpu"))
-    runs.ask(pretended, "stop")
-    wait_for(lambda: runs.state_of(pretended).state == "stopped")
-    steps = [event.step for event in runs.read_events(pretended)[0] if isinstance(event, e.Step)]
+    following = launchers.follow(pretended, offset=0)
+    started = next(event for event in following if isinstance(event, e.Started))
+    assert started.processes == 2 and locks.is_held(locks.device_lock("cpu"))
+    assert "2 processes" in run_fragments.progress_of(pretended.name, runs.state_of(pretended), "")
+    os.kill(os.getpid(), signal.SIGINT)
+    rest = list(following)
+    assert isinstance(rest[-1], e.Stopped) and runs.state_of(pretended).state == "stopped"
+    steps = [event.step for event in rest if isinstance(event, e.Step)]
     assert steps == list(range(1, len(steps) + 1)), "each step is told once"
     wait_for(lambda: not locks.is_held(locks.device_lock("cpu")))
 

@@ -199,7 +199,7 @@ def test_a_cluster_that_does_not_answer_is_told_in_a_sentence(
     folder = start(address)
     with runs.EventLog(folder) as log:
         log.append(e.Launched(0, str(folder), "job"))
-    write_note(folder, RayNote("job", "RUNNING"))
+    write_note(folder, RayNote("job", address, "RUNNING"))
     assert state(folder) == "running"
     tended().join(timeout=30)
     assert state(folder) == "lost" and "does not answer" in runs.state_of(folder).message
@@ -225,7 +225,7 @@ def test_a_job_whose_place_another_took_does_nothing(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     folder = start("http://127.0.0.1:8265")
-    for note in (RayNote("another"), RayNote("mine", "STOPPED")):
+    for note in (RayNote("another", "http://head:8265"), RayNote("mine", "http://head:8265", "STOPPED")):
         write_note(folder, note)
         assert worker.main([str(folder), "--job", "mine"]) == 0
     assert runs.read_events(folder)[0] == []

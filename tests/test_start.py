@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import save_pictures, save_tiny
+from tiny_pipelines import save_pictures, save_quick
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, parse_set, settle
@@ -30,7 +30,7 @@ from ui import starting
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("start")
-    save_tiny(place / "model", "sd1")
+    save_quick(place / "model", "sd1")
     save_pictures(place / "pictures")
     return place
 

@@ -9,16 +9,17 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import save_pictures, save_tiny
+from tiny_pipelines import save_pictures, save_quick
 
 from reparam_diffusion.apply import Easel, apply_adapter, generate
 from reparam_diffusion.config import TrainConfig, parse_set, settle
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.events import Event, Started, Step, Warned
+from reparam_diffusion.events import Event, Sampled, Started, Step, Warned
 from reparam_diffusion.formats.bundled import write_embedding
 from reparam_diffusion.formats.export import Target, export_adapter
 from reparam_diffusion.formats.programs import PROGRAMS
 from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.gallery.bake import bake
 from reparam_diffusion.gallery.blend.blending import blend_files
 from reparam_diffusion.gallery.blend.sources import Source
@@ -26,7 +27,13 @@ from reparam_diffusion.gallery.doctor import diagnose, repair
 from reparam_diffusion.gallery.report import report_lines, report_of
 from reparam_diffusion.models.encode import encode
 from reparam_diffusion.models.load import Model, load_model
+from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.parts import ASSETS
 from reparam_diffusion.models.words import Word, add_words, has_word, set_words, spoken, take_words
+from reparam_diffusion.targets import build_adapters
+from reparam_diffusion.training.embedding import new_word
+from reparam_diffusion.training.estimate_memory import count_memory
+from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.loop import train
 
 FAMILIES = ("sd1", "sdxl")
@@ -36,9 +43,24 @@ FAMILIES = ("sd1", "sdxl")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("words")
     for family in FAMILIES:
-        save_tiny(place / family, family)
+        save_quick(place / family, family)
     save_pictures(place / "pictures")
     return place
+
+
+@pytest.fixture(scope="module")
+def learned() -> dict[str, Path]:
+    """One trained file, made by the first test that wants it."""
+    return {}
+
+
+@pytest.fixture
+def file(place: Path, learned: dict[str, Path]) -> Path:
+    """An adapter of the tiny SD 1 with a learned word, as trained."""
+    if not learned:
+        run(config_for(place, "sd1"), place / "run")
+        learned["file"] = place / "run" / "adapter.safetensors"
+    return learned["file"]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +78,8 @@ def word_of(model: Model, text: str, meaning: str) -> Word:
     return Word(text, rows)
 
 
-def random_word(model: Model, text: str, count: int = 2) -> Word:
-    return Word(text, {part: torch.randn(count, 16) for part in model.parts if part != "unet"})
+def random_word(model: Model, text: str, count: int = 2, *, width: int = 16) -> Word:
+    return Word(text, {part: torch.randn(count, width) for part in model.parts if part != "unet"})
 
 
 def is_equal(one: Any, other: Any) -> bool:
@@ -184,6 +206,19 @@ def test_the_word_is_learned_saved_and_understood(
     assert 0.4 < file.stat().st_size / started.file_bytes < 2.0
 
 
+def test_a_word_begins_as_what_the_model_reads_in_it_or_as_other_words(place: Path, models: dict[str, Model]) -> None:
+    model = models["sdxl"]
+    captions = ["a photo of sks toy"]
+    pieces = len(model.tokenizers[0]("sks", add_special_tokens=False).input_ids)
+    for words, vectors, reads_as in (("", pieces, "sks"), ("dog", 3, "dog dog dog"), ("dog car red", 2, "dog car")):
+        config = config_for(place, "sdxl", f"embedding.words='{words}'", f"embedding.vectors={vectors}")
+        plain = encode(model, [captions[0].replace("sks", reads_as)])
+        word = new_word(model, config)
+        assert word is not None and word.count == vectors
+        with spoken(model, [word]):
+            assert is_equal(encode(model, captions), plain)
+
+
 @pytest.mark.parametrize(
     "settings", [("training.optimizer=prodigy", "training.learning_rate=1.0"), ("training.ema=0.9",)]
 )
@@ -216,21 +251,19 @@ def test_gradient_checkpointing_and_accumulation_learn_the_same_word(place: Path
             torch.testing.assert_close(vectors, plain[part], rtol=1e-4, atol=1e-6)
 
 
-def test_a_word_is_trained_on_from_an_adapter(place: Path, tmp_path: Path) -> None:
-    run(config_for(place, "sd1"), tmp_path / "one")
-    first = tmp_path / "one" / "adapter.safetensors"
+def test_a_word_is_trained_on_from_an_adapter(place: Path, file: Path, tmp_path: Path) -> None:
     events = run(
-        config_for(place, "sd1", f"training.start_from='{first}'", "embedding.vectors=5", "training.steps=1",
+        config_for(place, "sd1", f"training.start_from='{file}'", "embedding.vectors=5", "training.steps=1",
                    "embedding.learning_rate=1e-6"),
         tmp_path / "two",
     )  # fmt: skip
     assert any("has 2 vectors, as in the adapter" in e.message for e in events if isinstance(e, Warned))
     torch.testing.assert_close(
-        vectors_in(tmp_path / "two" / "adapter.safetensors")["te1"], vectors_in(first)["te1"], rtol=0, atol=2e-6
+        vectors_in(tmp_path / "two" / "adapter.safetensors")["te1"], vectors_in(file)["te1"], rtol=0, atol=2e-6
     )
     for wrong in ("embedding.vectors=0", "data.trigger=other"):
         with pytest.raises(UserError, match='has learned the word "sks"'):
-            run(config_for(place, "sd1", f"training.start_from='{first}'", wrong), tmp_path / "three")
+            run(config_for(place, "sd1", f"training.start_from='{file}'", wrong), tmp_path / "three")
 
 
 def test_what_cannot_be_learned_is_told(place: Path, tmp_path: Path) -> None:
@@ -244,12 +277,35 @@ def test_what_cannot_be_learned_is_told(place: Path, tmp_path: Path) -> None:
             run(config_for(place, "sd1", *settings), tmp_path)
 
 
+def test_on_the_bundled_model_all_of_it_goes_together(tmp_path: Path) -> None:
+    config = settle(parse_set([
+        f"data.images='{ASSETS / 'examples' / 'teddy'}'", "data.trigger=sks", "data.class_word=toy", "training.steps=1",
+        "model.precision=fp32", "embedding.vectors=2", "targets.unet=['unet.mid_block*']", "model.zero_terminal_snr=true",
+        "output.sample_prompts=['a 3d icon of {trigger}']", "output.validate_every=100", "training.warmup=0.0",
+        "training.optimizer=adamw_schedulefree", "training.learning_rate=1e-3", "adapter.rank=3",
+        f"training.start_from='{tmp_path / 'start.safetensors'}'",
+    ]))  # fmt: skip
+    model = load_model("starter", dtype=torch.float32)
+    word = random_word(model, "sks", width=192)
+    fresh = config.model_copy(update={"training": config.training.model_copy(update={"start_from": ""})})
+    adapters = build_adapters(model.parts, plan_run(model, fresh), seed=0)
+    write_adapter(tmp_path / "start.safetensors", adapters, parts=model.parts, family="sd1", words=[word])
+    events = run(config, tmp_path / "run")
+    first, last = (tmp_path / "run" / event.path for event in events if isinstance(event, Sampled))
+    assert first.read_bytes() != last.read_bytes(), "previews see the word and the average"
+    file = tmp_path / "run" / "adapter.safetensors"
+    header = read_adapter(file).metadata
+    assert (header["ss_zero_terminal_snr"], header["ss_optimizer"]) == ("True", "adamw_schedulefree")
+    assert header["reparam_started_from"].startswith("start.safetensors ")
+    moved = (vectors_in(file)["te1"] - word.vectors["te1"]).abs().max()
+    assert 0 < moved < 0.01
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 def test_a_word_for_other_text_encoders_is_left_out_with_the_reason(
-    place: Path, models: dict[str, Model], tmp_path: Path
+    file: Path, models: dict[str, Model], tmp_path: Path
 ) -> None:
-    run(config_for(place, "sd1"), tmp_path)
-    tensors = load_file(tmp_path / "adapter.safetensors")
+    tensors = load_file(file)
     strange = {"bundle_emb.x.clip_l": torch.randn(2, 768), "bundle_emb.y.other": torch.randn(2, 16)}
     save_file(tensors | strange, tmp_path / "strange.safetensors")
     with apply_adapter(models["sd1"], tmp_path / "strange.safetensors") as applied:
@@ -290,11 +346,10 @@ def test_diffusers_reads_the_word_by_itself_as_we_do(
 
 
 def test_a_word_goes_along_through_export_blend_doctor_and_bake(
-    place: Path, models: dict[str, Model], tmp_path: Path
+    file: Path, models: dict[str, Model], tmp_path: Path
 ) -> None:
-    run(config_for(place, "sd1"), tmp_path / "one")
-    run(config_for(place, "sd1", "training.seed=3", "embedding.words=blue"), tmp_path / "two")
-    file, other = (tmp_path / name / "adapter.safetensors" for name in ("one", "two"))
+    other = tmp_path / "other.safetensors"
+    save_file(load_file(file) | {"bundle_emb.sks.string_to_param.*": torch.ones(2, 16)}, other)
     exact, model = vectors_in(file)["te1"], models["sd1"]
 
     def made(steps: Iterator[Any]) -> Any:
@@ -330,3 +385,15 @@ def test_a_word_goes_along_through_export_blend_doctor_and_bake(
     assert "Learned   sks (2 vectors)" in report_lines(report_of(file))
     made(bake(model, [Source(file)], tmp_path / "baked", precision="fp32"))
     assert torch.equal(load_file(tmp_path / "baked-embedding.safetensors")["sks"], exact)
+
+
+def test_the_memory_told_has_the_way_through_the_text_encoders(place: Path) -> None:
+    family = "sd1"
+    base, frozen = outline(place / family), config_for(place, family, "embedding.vectors=0")
+    needed = {vectors: count_memory(base, config_for(place, family, f"embedding.vectors={vectors}"), "cpu").training
+              for vectors in (1, 2)}  # fmt: skip
+    plain = count_memory(base, frozen, "cpu").training
+    numbers = 16 * len(base.text_encoders)
+    assert needed[2] - needed[1] >= 3 * 4 * numbers, "the vector and its two averages in fp32"
+    assert needed[1] - plain > 50 * 32 * numbers, "the activations that lead back to it"
+    assert not base.text_encoders[0]._forward_pre_hooks

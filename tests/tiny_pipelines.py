@@ -64,6 +64,13 @@ def save_tiny(folder: Path, family: str, *, prediction: str = "epsilon", zero_sn
     return folder
 
 
+def save_quick(folder: Path, family: str) -> Path:
+    """The same, used to pictures in two steps, for tests whose runs are about something else than previews."""
+    save_tiny(folder, family)
+    (folder / "habits.json").write_text('{"steps": 2}', encoding="utf-8")
+    return folder
+
+
 def save_pictures(folder: Path, *, count: int = 3, size: tuple[int, int] = (40, 40)) -> Path:
     """Plain pictures that differ, with a caption beside the first."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -172,12 +172,12 @@ class Form:
         """Updates that take the message off again. Any: gradio's updates."""
         control = self.controls[place]
         name = _about(control)
-        return {control: gr.update(**{name: getattr(control, name)}, elem_classes=control.elem_classes or [])}
+        return {control: gr.update(**{name: getattr(control, name, "")}, elem_classes=control.elem_classes or [])}
 
 
 def _about(control: gr.components.Component) -> str:
     """Where a control tells what it is: a table has no line of its own for it."""
-    return "info" if hasattr(control, "info") else "label"
+    return "label" if isinstance(control, gr.Dataframe) else "info"
 
 
 def _is_equal(shown: Any, default: Any) -> bool:  # Any: values of any setting

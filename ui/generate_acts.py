@@ -190,7 +190,10 @@ def _workspace_now(tab: GenerateTab) -> Sign:
             tuple(file.name for file in files),
             lambda: {tab.history: generate_view.history_of(tab.workspace, files)},
         ),
-        "adapters": (tuple(choices), lambda: {row.name: gr.update(choices=choices) for row in tab.controls.rows}),
+        "adapters": (
+            shelf.folder_sign(shelf.shelf_of(tab.workspace)),
+            lambda: {row.name: gr.update(choices=choices) for row in tab.controls.rows},
+        ),
     }
 
 

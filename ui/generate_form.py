@@ -18,6 +18,7 @@ from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.schedulers import SCHEDULERS
 
 MOST_ADAPTERS = 8
+MOST_OFFERED = 500  # adapters in a list of choices; each of them is sent to each page twenty times
 LOW, HIGH = -2.0, 2.0
 
 Updates = dict[gr.components.Component, Any]
@@ -154,14 +155,14 @@ def _side(label: str, seen: Glance) -> gr.Number:
 
 
 def adapter_choices(workspace: Path) -> list[tuple[str, str]]:
-    """(name, file's stem) of what lies on the shelf."""
+    """(name, file's stem) of the newest on the shelf; any other is chosen by writing its name."""
     return list(_choices(workspace, shelf.folder_sign(shelf.shelf_of(workspace))))
 
 
 @lru_cache(maxsize=8)
 def _choices(workspace: Path, sign: int) -> tuple[tuple[str, str], ...]:
     """Read once for each state of the shelf: every page asks again with each tick."""
-    return ("None", ""), *((one.name, one.stem) for one in shelf.list_adapters(workspace))
+    return ("None", ""), *((one.name, one.stem) for one in shelf.list_adapters(workspace, most=MOST_OFFERED))
 
 
 def model_choices(workspace: Path) -> list[tuple[str, str]]:

@@ -173,14 +173,14 @@ def is_same(one: Path, other: Path) -> bool:
 
 
 # --- what lies on it -------------------------------------------------------------------------------------------------
-def list_adapters(workspace: Path) -> list[Shelved]:
-    """Everything on the shelf, the newest first."""
+def list_adapters(workspace: Path, *, most: int | None = None) -> list[Shelved]:
+    """Everything on the shelf, or the `most` newest, the newest first."""
     names = names_in(shelf_of(workspace))
     found = []
     for file in adapters_in(shelf_of(workspace)):
         with suppress(FileNotFoundError):  # deleted at this very moment
             found.append((-file.stat().st_mtime_ns, file.name, file))
-    return [shelved_at(file, names) for _, _, file in sorted(found)]
+    return [shelved_at(file, names) for _, _, file in sorted(found)[:most]]
 
 
 def folder_sign(folder: Path) -> int:

@@ -35,7 +35,7 @@ class Overview:
                 del self._followers[gone]
                 self._ended.pop(gone, None)
         rows = [(folder, self.state_of(folder, line)) for folder in folders]
-        if time.monotonic() > self._served_until and any(state.state == "queued" or state.where for _, state in rows):
+        if time.monotonic() > self._served_until and any(state.is_live for _, state in rows):
             self._served_until = time.monotonic() + SERVED_FOR
             queue.ensure_served(self.workspace)
         return rows

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -105,26 +106,43 @@ def _changing(workspace: Path) -> Iterator[list[Waiting]]:
 # --- starting --------------------------------------------------------------------------------------------------------
 def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
     """Launch each run whose devices are free and wanted by nobody before it; gives their names, out of the line now."""
-    taken = _busy_devices(workspace)
-    started = []
+    wanted = {}
     for one in list(line):
-        folder = workspace / "runs" / one.run
         try:
-            devices = set(worker.devices_of(runs.read_config(folder)))
+            wanted[one] = _devices_of(workspace / "runs" / one.run)
         except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
             line.remove(one)
-            _tell(folder, error)
-            continue
-        is_free = not devices & taken and not any(locks.is_held(locks.device_lock(device)) for device in devices)
+            _tell(workspace / "runs" / one.run, error)
+    taken = {device for device in set().union(*wanted.values()) if locks.is_held(locks.device_lock(device))}
+    if all(devices & taken for devices in wanted.values()):
+        return []  # the usual case: nothing else is worth a look
+    taken |= _busy_devices(workspace)
+    started = []
+    for one, devices in wanted.items():
+        is_free = not devices & taken
         taken |= devices
         if not is_free:
             continue
         line.remove(one)
-        if runs.has_worker(folder):
-            continue
-        worker.launch(folder, resume=one.resume)
-        started.append(one.run)
+        folder = workspace / "runs" / one.run
+        if not runs.has_worker(folder):
+            worker.launch(folder, resume=one.resume)
+            started.append(one.run)
     return started
+
+
+def _devices_of(folder: Path) -> frozenset[str]:
+    """The devices that a run wants, read again when its settings have changed."""
+    try:
+        age = (folder / "config.toml").stat().st_mtime_ns
+    except FileNotFoundError:
+        age = 0
+    return _devices_at(folder, age)
+
+
+@lru_cache(maxsize=1024)
+def _devices_at(folder: Path, age: int) -> frozenset[str]:
+    return frozenset(worker.devices_of(runs.read_config(folder)))
 
 
 def _tell(folder: Path, error: UserError) -> None:
@@ -135,12 +153,7 @@ def _tell(folder: Path, error: UserError) -> None:
 
 def _busy_devices(workspace: Path) -> set[str]:
     """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
-    return {
-        device
-        for folder in runs.list_runs(workspace)
-        if runs.has_worker(folder)
-        for device in worker.devices_of(runs.read_config(folder))
-    }
+    return {device for folder in runs.list_runs(workspace) if runs.has_worker(folder) for device in _devices_of(folder)}
 
 
 # --- the dispatcher --------------------------------------------------------------------------------------------------

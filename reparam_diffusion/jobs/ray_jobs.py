@@ -40,7 +40,7 @@ def hand_over(folder: Path, *, resume: bool) -> None:
     config = runs.read_config(folder)
     _check(config)
     runs.clear_requests(folder)
-    write_note(folder, RayNote(_new_name(folder), resume=resume))
+    write_note(folder, RayNote(_new_name(folder), config.launch.address or HERE, resume=resume))
     ensure_tended(runs.workspace_of(folder))
 
 
@@ -114,20 +114,19 @@ class Tender:
 
     def tend(self, folder: Path, note: RayNote) -> None:
         """One look at one run: hand it over, or hear how it stands, or have it stopped."""
-        launch = runs.read_config(folder).launch
-        address = launch.address or HERE
         try:
-            client = self._client(address)
+            client = self._client(note.address)
             if note.status == "NEW":
-                self._begin(folder, note, client, address)
+                self._begin(folder, note, client)
             else:
                 self._hear(folder, note, client)
-            self._silent.pop(address, None)
+            self._silent.pop(note.address, None)
         except UserError as error:
-            write_note(folder, replace(note, status="FAILED", message=str(error)))
-            _tell(folder, e.Failed(error.what, error.why, error.do))
-        except OSError:  # no connection: also requests' own errors are that
-            self._bear_silence(folder, note, address)
+            if folder.is_dir():  # else somebody has taken it away
+                write_note(folder, replace(note, status="FAILED", message=str(error)))
+                _tell(folder, e.Failed(error.what, error.why, error.do))
+        except (OSError, RuntimeError):  # no connection, as requests tells it, or a cluster in trouble, as Ray does
+            self._bear_silence(folder, note)
 
     def _client(self, address: str) -> Client:
         if address not in self._clients:
@@ -138,8 +137,9 @@ class Tender:
             self._clients[address] = _connect(address)
         return self._clients[address]
 
-    def _bear_silence(self, folder: Path, note: RayNote, address: str) -> None:
+    def _bear_silence(self, folder: Path, note: RayNote) -> None:
         """A run that is not there yet fails; one that Ray has is waited for a while."""
+        address = note.address
         self._clients.pop(address, None)
         error = UserError(
             f"Ray at {address} does not answer.", "", "Start the cluster, or correct launch.address, then resume."
@@ -151,7 +151,7 @@ class Tender:
         elif time.monotonic() - since > SILENCE:
             write_note(folder, replace(note, status="SILENT", message=f"{error.what} {error.do}"))
 
-    def _begin(self, folder: Path, note: RayNote, client: Client, address: str) -> None:
+    def _begin(self, folder: Path, note: RayNote, client: Client) -> None:
         """Submit the job. All that is told is told before, so that nobody writes while the job does."""
         if request := runs.asked(folder):
             _end(folder, note, request)
@@ -160,7 +160,7 @@ class Tender:
         cores, cards = _wanted(config)
         words = [*worker.arguments_of(folder, resume=note.resume), "--job", note.job]
         command = launchers.command_of(config.launch, worker.MODULE, words)
-        _tell(folder, e.Launched(0, str(folder), note.job), *_fits(address, cores, cards))
+        _tell(folder, e.Launched(0, str(folder), note.job), *_fits(note.address, cores, cards))
         try:
             client.submit_job(
                 entrypoint=f"{shlex.join(command)} >> {shlex.quote(str(runs.log_file(folder)))} 2>&1",
@@ -170,9 +170,8 @@ class Tender:
                 runtime_env={"env_vars": _environment(config.launch)},
             )
         except RuntimeError as error:
-            if note.job not in {
-                job.submission_id for job in client.list_jobs()
-            }:  # else a tender before this one was cut off
+            known = {job.submission_id for job in client.list_jobs()}
+            if note.job not in known:  # else a tender before this one was cut off before it could note it down
                 raise UserError("Ray refused the job.", str(error).splitlines()[0][:200]) from None
         write_note(folder, replace(note, status="PENDING"))
 
@@ -182,13 +181,15 @@ class Tender:
             info = client.get_job_info(note.job)
         except RuntimeError as error:
             if "does not exist" not in str(error):
-                raise OSError(str(error)) from error  # the cluster is in trouble, as when it does not answer
+                raise
             write_note(folder, replace(note, status="FAILED", message="Ray does not know the job any more."))
             return
         status, request = str(info.status.value), runs.asked(folder)
         if info.status.is_terminal():
             if info.error_type == "JOB_SUPERVISOR_ACTOR_START_TIMEOUT" and not request:
-                write_note(folder, RayNote(_new_name(folder), resume=note.resume))  # Ray lets nobody wait for long
+                write_note(
+                    folder, RayNote(_new_name(folder), note.address, resume=note.resume)
+                )  # Ray lets nobody wait for long
                 return
             _keep_log(folder, client, note.job)
             words = (info.message or "").partition(", last available logs")[0].strip().splitlines()

@@ -17,6 +17,7 @@ class RayNote:
     """A run's job. `status` is Ray's own word, or NEW before Ray has it, or SILENT when Ray answers no more."""
 
     job: str
+    address: str
     status: str = "NEW"
     message: str = ""
     resume: bool = False

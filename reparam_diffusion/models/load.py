@@ -150,8 +150,8 @@ def load_model(
     and bf16 (or fp16) on a GPU; the VAE is fp32, unless it is one made for fp16. `vae` is a VAE to use instead of the
     model's own, `prediction_type` overrides what was detected, `zero_terminal_snr` lets its noise end in pure noise.
     `base_8bit` keeps the UNet's linear layers in 8 bits; nothing can be merged into them. `staged` leaves the parts in
-    host memory between uses (None: where a CUDA card's is short), `block_offload` the UNet's blocks as well. Raises
-    UserError when it cannot be read.
+    host memory between uses (None: where a CUDA card's is short), `block_offload` the UNet's blocks as well.
+    Raises UserError when it cannot be read.
     """
     place = device if isinstance(device, torch.device) else pick_device(device)
     if dtype is None:

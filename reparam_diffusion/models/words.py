@@ -123,6 +123,17 @@ def spoken(model: Model, words: Sequence[Word]) -> Iterator[None]:
         take_words(model, words)
 
 
+@contextmanager
+def reading_only(outline: Model, word: Word) -> Iterator[None]:
+    """While the body runs, an outline's text encoders read nothing but the word: its tokenizers know no others."""
+    taps = [_Tap(outline.parts[part], [vectors], first=0) for part, vectors in word.vectors.items()]
+    try:
+        yield
+    finally:
+        for tap in taps:
+            tap.remove()
+
+
 def _asked(model: Model) -> list[Word]:
     return [] if model.speech is None else list(model.speech.asked)
 

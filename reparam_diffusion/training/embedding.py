@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from reparam_diffusion.config import TrainConfig
@@ -19,8 +20,9 @@ from reparam_diffusion.training.start import PLACE
 def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) -> Word | None:
     """The trigger word as it begins: the vectors of ordinary words, fp32, on the model's device; None when it is off.
 
-    Words with more tokens than vectors are cut; with fewer they come again. An adapter to train on from (`start`)
-    brings its own vectors. Raises UserError for a trigger that cannot be learned.
+    It begins as the settings' words, else as its own pieces in the vocabulary; the class word is a worse start, as
+    docs/formats.md has it measured. More tokens than vectors are cut; with fewer they come again. An adapter to train
+    on from (`start`) brings its own vectors. Raises UserError for a trigger that cannot be learned.
     """
     settings, data = config.embedding, config.data
     known = [] if start is None else _words_in(start, model)
@@ -34,17 +36,28 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
             )
     if not settings.vectors:
         return None
-    _check(data.trigger, f"{data.class_word} {config.prior.prompt}")
+    classes = [data.class_word, config.prior.prompt, *(one.class_word or "" for one in data.sets)]
+    _check(data.trigger, " ".join(classes))
     if known:
         own = known[0].vectors.items()
         return Word(data.trigger, {part: nn.Parameter(rows.to(model.device)) for part, rows in own})
-    text = settings.words or data.class_word or data.trigger
+    text = settings.words or data.trigger
     encoders = [(part, encoder) for part, encoder in model.parts.items() if part != "unet"]
     vectors = {
         part: nn.Parameter(_rows_of(text, tokenizer, encoder, count=settings.vectors).to(model.device))
         for (part, encoder), tokenizer in zip(encoders, model.tokenizers, strict=True)
     }
     return Word(data.trigger, vectors)
+
+
+def blank_word(outline: Model, config: TrainConfig) -> Word | None:
+    """The word of an outline: vectors with a shape and no numbers."""
+    if not config.embedding.vectors:
+        return None
+    shapes = {
+        f"te{n}": (config.embedding.vectors, e.config.hidden_size) for n, e in enumerate(outline.text_encoders, 1)
+    }
+    return Word(config.data.trigger, {p: nn.Parameter(torch.empty(s, device="meta")) for p, s in shapes.items()})
 
 
 def count_vectors(model: Model, config: TrainConfig) -> int:

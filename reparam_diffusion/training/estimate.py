@@ -112,17 +112,18 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     left = class_pictures_left(model, config, workspace)
     pieces = pieces_of(model, key, config, machine_name(device, threads))
     counts = work_of(model, config, pictures=pictures, class_pictures=left)
+    vectors = count_vectors(model, config)
+    notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
+    if text_is_live(config):
+        notes.append("captions are encoded anew in each step")
     known = book.read()
 
     def peak_of(one: TrainConfig) -> int | None:
         found = known.get(memory_piece(key, one, device))
         return None if found is None else int(found)
 
-    vectors = count_vectors(model, config)
-    notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
-    if text_is_live(config):
-        notes.append("captions are encoded anew in each step")
-    peak, advice = peak_of(config), ""
+    peak = peak_of(config)
+    advice = ""
     if peak is not None:
         advice = advise(config, peak, room=room_on(device), memory=memory_of(device), peak_of=peak_of).sentence
     return Cost(

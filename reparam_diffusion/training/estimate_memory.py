@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,10 @@ from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.room import KEPT_FREE
 from reparam_diffusion.models.sample import at_once
 from reparam_diffusion.models.tiles import Way, taken, tile_side
-from reparam_diffusion.models.words import spoken
+from reparam_diffusion.models.words import reading_only
 from reparam_diffusion.targets import SitePlan
 from reparam_diffusion.training.batch import teaches_text, text_is_live
-from reparam_diffusion.training.embedding import new_word
+from reparam_diffusion.training.embedding import blank_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
@@ -106,15 +106,14 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
         encoding = worked(lambda: encode(model, [""]), 0, *model.text_encoders)[0]
         encoding = max(encoding, coded("encode", resolution, 0))
         drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
-    sites = plan_run(model, config)
-    word = new_word(model, config)
+    sites, word = plan_run(model, config), blank_word(model, config)
+    vectors = [] if word is None else list(word.vectors.values())
     with (
         attach(model.parts, _blank_adapters(model, sites)) as injection,
-        spoken(model, [] if word is None else [word]),
+        nullcontext() if word is None else reading_only(model, word),
         _recomputed(model, config),
     ):
         learning = list(injection.adapters.values())
-        vectors = [] if word is None else list(word.vectors.values())
         learned = sum(bytes_of(adapter) for adapter in learning) + sum(v.nbytes for v in vectors)
         learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in (*injection.parameters(), *vectors))
         with torch.no_grad():

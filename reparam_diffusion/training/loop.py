@@ -278,8 +278,8 @@ def _prepared(
         processes.agree("")
     if processes.is_main:
         processes.agree(READY)
-    give_back()
     check_captions(config, [item.caption for item in material.dataset.train])
+    give_back()
     return material
 
 
@@ -302,7 +302,7 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
 
 def _notes(model: Model, config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
     """What had to be settled, for some layers each kind once."""
-    for told in (*notes_on(config), *settled(model, config)):
+    for told in [*notes_on(config), *settled(model, config)]:
         yield Warned(told)
     if word is not None and word.count != (asked := config.embedding.vectors):
         yield Warned(f"The trigger word has {word.count} vectors, as in the adapter it starts from, not {asked}.")

@@ -105,18 +105,6 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bo
     return material
 
 
-def encoding_tile(model: Model, sizes: Sequence[tuple[int, int]], *, memory: int | None = None) -> int:
-    """The side of the tiles that training pictures of these sizes are encoded in, in pixels; 0: whole.
-
-    It follows from the device's whole memory (or `memory`, in bytes): a run's pictures are always encoded alike.
-    """
-    memory = memory_of(model.device) if memory is None else memory
-    here = (model.vae,) if model.is_staged else (*model.parts.values(), model.vae)
-    room = memory - KEPT_FREE - sum(bytes_of(part) for part in here)
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    return tile_side(model.vae, "encode", height, width, room=room, device=model.device.type)
-
-
 def _notes(
     model: Model, found: Found, captions: Sequence[str], resolution: int, *, is_one_of_several: bool
 ) -> Iterator[Event]:
@@ -147,10 +135,22 @@ def told_sets(config: TrainConfig, material: Material) -> list[str]:
     counts = Counter(item.part for item in material.dataset.train)
     told = []
     for number, source in enumerate(sources):
-        words = f"{source.name}: {counts[number]} pictures"
+        words = f"{source.name}: {counts[number]} picture{'' if counts[number] == 1 else 's'}"
         words += f" × {source.repeats}" if source.repeats > 1 else ""
         told.append(words + (f", weight {source.weight:g}" if source.weight != 1 else ""))
     return told if len(sources) > 1 else []
+
+
+def encoding_tile(model: Model, sizes: Sequence[tuple[int, int]], *, memory: int | None = None) -> int:
+    """The side of the tiles that training pictures of these sizes are encoded in, in pixels; 0: whole.
+
+    It follows from the device's whole memory (or `memory`, in bytes): a run's pictures are always encoded alike.
+    """
+    memory = memory_of(model.device) if memory is None else memory
+    here = (model.vae,) if model.is_staged else (*model.parts.values(), model.vae)
+    room = memory - KEPT_FREE - sum(bytes_of(part) for part in here)
+    width, height = max(sizes, key=lambda size: size[0] * size[1])
+    return tile_side(model.vae, "encode", height, width, room=room, device=model.device.type)
 
 
 def captions_of(model: Model, source: Source, pictures: Sequence[Picture]) -> list[str]:
