@@ -35,12 +35,15 @@ def settings_of(model: Path | str, method: str, extra: list[str]) -> TrainConfig
     """A short run with the page's settings for the starter model."""
     short = [f"model.path='{model}'", f"data.images='{TEDDY}'", "data.trigger=sks", "data.class_word=toy"]
     if model != "starter":  # one picture, one at a time
-        short += [f"data.images=['{TEDDY / '01.png'}']", "training.batch=1", "training.steps=2"]
+        short += [f"data.images=['{TEDDY / '01.png'}']", "training.batch=1", "training.steps=1"]
     return settle(find_preset(f"{method}-subject"), parse_set(["training.steps=6", *short, *extra]))
 
 
-def save_random(folder: Path, geometry: str) -> Path:
-    """A model with Stable Diffusion 1.5's or XL's shapes and random weights, in bf16 to spare the disk."""
+def save_random(folder: Path, geometry: str, *, pixels: int) -> Path:
+    """A model with Stable Diffusion 1.5's or XL's shapes and random weights, in bf16 to spare the disk.
+
+    Its own pictures have `pixels` a side, as a processor takes minutes for one at SDXL's 1024.
+    """
     from transformers import CLIPTokenizer
 
     configs = MODEL_CONFIGS / {"sd15": "sd1", "sdxl": "sdxl"}[geometry]
@@ -51,6 +54,7 @@ def save_random(folder: Path, geometry: str) -> Path:
             parts = empty_parts(configs)
     finally:
         torch.set_default_dtype(before)
+    parts.unet.register_to_config(sample_size=pixels // 8)
     encoders = {f"te{number}": encoder for number, encoder in enumerate(parts.text_encoders, 1)}
     pipe = pipeline_over(
         {"unet": parts.unet} | encoders,
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--set", nargs="*", default=[], help="further settings, such as training.batch=1")
     parser.add_argument("--checkpointing", nargs="+", choices=("false", "true"), default=("false", "true"))
+    parser.add_argument("--pixels", type=int, default=512, help="side of the random models' own pictures")
     parser.add_argument("--keep", type=Path, help="a folder for the random models, to use them again")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -106,8 +111,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model: Path | str = "starter"
         if arguments.geometry != "starter":
-            kept = arguments.keep / arguments.geometry if arguments.keep else Path(folder)
-            model = kept if (kept / "model_index.json").is_file() else save_random(kept, arguments.geometry)
+            name = f"{arguments.geometry}-{arguments.pixels}"
+            kept = arguments.keep / name if arguments.keep else Path(folder)
+            model = (
+                kept
+                if (kept / "model_index.json").is_file()
+                else save_random(kept, arguments.geometry, pixels=arguments.pixels)
+            )
         print("| method | gradient checkpointing | estimated | measured | ratio |\n|---|---|---|---|---|")
         for method in arguments.methods:
             for checkpointing in arguments.checkpointing:

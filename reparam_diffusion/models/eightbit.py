@@ -59,9 +59,10 @@ class _Product(torch.autograd.Function):
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (out, in) -> whole numbers in int8, and the scale of each row (out, 1) in fp32."""
-    wide = weight.float()
-    scale = wide.abs().amax(dim=1, keepdim=True) / _STEPS
-    return (wide / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale
+    low, high = torch.aminmax(weight, dim=1, keepdim=True)
+    scale = torch.maximum(high, -low).float() / _STEPS
+    steps = weight.to(torch.float32, copy=True).div_(scale.clamp(min=torch.finfo(torch.float32).tiny))
+    return steps.round_().to(torch.int8), scale
 
 
 def whole(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,11 +71,16 @@ def whole(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_8bit(module: nn.Module, *, least: int = LEAST) -> int:
-    """Put the linear layers of a frozen module into 8 bits, one after the other; how many there were."""
+    """Put the linear layers of a frozen module into 8 bits, one after the other; how many there were.
+
+    What is left is copied, as tensors that are mapped from one file keep all of it in memory together.
+    """
     count = 0
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.Linear and child.weight.numel() >= least:
                 setattr(parent, name, Linear8bit(child))
                 count += 1
+    for parameter in module.parameters() if count else ():
+        parameter.data = parameter.data.clone()
     return count

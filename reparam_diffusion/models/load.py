@@ -19,7 +19,7 @@ from reparam_diffusion.models.ledger import bytes_of
 from reparam_diffusion.models.precision import pick_device, pick_precision, vae_dtype
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.resting import Offload, Rest
-from reparam_diffusion.models.room import memory_of
+from reparam_diffusion.models.room import give_back, memory_of
 from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.single_file import load_checkpoint, load_vae
 from reparam_diffusion.models.source import find_source
@@ -189,6 +189,7 @@ def load_model(
         model.vae.to(vae_dtype(model.vae.config, place))
     if base_8bit:
         to_8bit(model.unet)
+        give_back()
     if place.type == "cuda":
         model.unet.to(memory_format=torch.channels_last)
     if place.type == "cuda" and (block_offload or (is_short(model) if staged is None else staged)):

@@ -123,11 +123,17 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
                 drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
         used = (model.unet, *(model.text_encoders if text_is_live(config) else []))
         training, ledger = worked(lambda: _step(model, config, injection), learned, *used)
-    found = Memory(resident and resident + _saved_in_8bit(model), encoding, drawing, training)
+    found = Memory(resident and resident + _whole_of_8bit(model), encoding, drawing, training)
     if device != "cpu":
         return found
     beside = _PROGRAM_BYTES + _KERNEL_BYTES * len(ledger.kernels)
     return Memory(*(part + beside for part in vars(found).values()))
+
+
+def _whole_of_8bit(model: Model) -> int:
+    """What the layers of a base in 8 bits were, which is in memory beside them: a file stays mapped as a whole."""
+    layers = [inner for inner in model.unet.modules() if isinstance(inner, Linear8bit)]
+    return sum(layer.numbers.numel() * layer.dtype.itemsize for layer in layers)
 
 
 def _state_bytes(optimizer: str, numbers: int) -> int:
@@ -137,12 +143,6 @@ def _state_bytes(optimizer: str, numbers: int) -> int:
     if numbers < _LEAST_8BIT:
         return 4 * STATES[optimizer] * numbers
     return STATES[optimizer] * (numbers + 4 * -(-numbers // 256))
-
-
-def _saved_in_8bit(model: Model) -> int:
-    """What a base in 8 bits took before it was put into them."""
-    layers = [inner for inner in model.unet.modules() if isinstance(inner, Linear8bit)]
-    return sum(layer.numbers.numel() * (layer.dtype.itemsize - 1) - layer.scale.nbytes for layer in layers)
 
 
 @contextmanager
