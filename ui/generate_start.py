@@ -89,7 +89,8 @@ def draw_start(workspace: Path) -> StartControls:
             clear = gr.Button("Start without a picture", size="sm", elem_id="clear-start")
         names = [gr.Textbox(visible="hidden"), gr.Textbox(visible="hidden")]
     start = StartControls(fold, dropped, chosen, editor, kept, look, denoise, *names)
-    clear.click(guarded(lambda: _nothing(start), workspace), None, start.changing(), **QUIET)
+    for event in (clear.click, editor.clear):
+        event(guarded(lambda: _nothing(start), workspace), None, start.changing(), **QUIET)
     whole.click(guarded(lambda: _masked(start, "", None, None), workspace), None, [kept, look, start.mask], **QUIET)
     return start
 
