@@ -214,7 +214,7 @@ class Merge:
     """W + Σ s·Δ(W) in the weights of a model. A change costs only the sites that differ from what is there.
 
     Originals are kept as copies in host memory and put back bit for bit. The sums are written where the weights lie:
-    in other memory the same layers ran up to 9 % slower on a CPU.
+    in other memory the same layers ran slower on a CPU (the starter's by 2 %).
     """
 
     def __init__(self, parts: Parts) -> None:

@@ -62,8 +62,9 @@ def draw(
     steps = model.habits.steps if steps is None else steps
     guidance = model.habits.guidance if guidance is None else guidance
     negative = model.habits.negative if negative is None else negative
-    own = (model.size, model.size) if image is None else fitting_size(image.size, side=model.size, step=model.size_step)
-    width, height = width or own[0], height or own[1]
+    if not (width and height):
+        own = _own_size(model, image)
+        width, height = width or own[0], height or own[1]
     _check(model, seeds, steps=steps, width=width, height=height)
     start = None
     if mask is not None and image is None:
@@ -111,6 +112,12 @@ def draw(
                 drawn = decode(model, out)
             pictures += drawn if start is None else [start.finish(picture) for picture in drawn]
     return pictures
+
+
+def _own_size(model: Model, image: Image | None) -> tuple[int, int]:
+    """Width and height where nobody says: the model's own square, or what fits the picture that is begun from."""
+    side = model.size
+    return (side, side) if image is None else fitting_size(image.size, side=side, step=model.size_step)
 
 
 def _sparing(
