@@ -203,7 +203,7 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
         return e.Failed(
             "The memory is not enough for these settings.",
             "Training needs more than this device has free.",
-            "Choose the settings for your graphics card, batch 1, or a smaller resolution or rank.",
+            "Choose your graphics card's settings, gradient checkpointing, batch 1, or a smaller resolution or rank.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return e.Failed("The disk is full.", f"There is no room left for {folder}.", "Make room, then resume the run.")
