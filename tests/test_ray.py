@@ -38,10 +38,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Ray head with three cores and no GPU; the address of its dashboard. One at a time on a machine: Ray wants it so."""
-    with FileLock(Path(tempfile.gettempdir()) / "reparam-diffusion-test-ray.lock", timeout=300):
-        yield from served_head(tmp_path_factory.mktemp("r"))
+def head() -> Iterator[str]:
+    """A Ray head with three cores and no GPU; the address of its dashboard. One at a time on a machine: Ray wants it so.
+
+    Its folder has a short name, since Ray's sockets lie deep in it and a socket's path has at most 107 letters.
+    """
+    lock = FileLock(Path(tempfile.gettempdir()) / "reparam-diffusion-test-ray.lock", timeout=300)
+    with lock, tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as place:
+        yield from served_head(Path(place))
 
 
 def served_head(place: Path) -> Iterator[str]:

@@ -334,7 +334,7 @@ def errors_of(model: Model, folder: Path) -> Tensor:
     errors = []
     pictures, _ = find_pictures(folder, least_side=8)
     for item in build_dataset([Part(pictures, ["x"] * 3, [None] * 3)], resolution=SIDE, step=32).train:
-        latents = scaled(model, vae_encoder(model)(item_pixels(item)[None])[0])
+        latents = scaled(model, vae_encoder(model, tile=0)(item_pixels(item)[None])[0])
         patch = torch.zeros(1, *latents.shape[-2:])
         patch[:, : PATCH // 8] = 1.0
         for timestep in (300, 600, 900):
