@@ -38,7 +38,7 @@ def train(
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a .safetensors file or a hub id.')] = "",
     name: Annotated[str, typer.Option(help="The adapter's name.")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="Any setting: key=value, repeatable.")] = None,
-    processes: Annotated[int, typer.Option(min=0, help="Processes that train together, one a GPU; 0: as set.")] = 0,
+    processes: Annotated[int, typer.Option(min=0, max=64, help="Processes that train it, one a GPU; 0: as set.")] = 0,
     workspace: Workspace = Path("workspace"),
     dry_run: Annotated[bool, typer.Option(help="Only say what it would cost: file, time, memory.")] = False,
     as_json: Json = False,
@@ -79,7 +79,9 @@ def train(
 @app.command()
 def resume(
     run: str,
-    processes: Annotated[int, typer.Option(min=0, help="Go on in another number of processes; 0: as before.")] = 0,
+    processes: Annotated[
+        int, typer.Option(min=0, max=64, help="Go on in another number of processes; 0: as before.")
+    ] = 0,
     workspace: Workspace = Path("workspace"),
     as_json: Json = False,
 ) -> None:
@@ -181,8 +183,12 @@ def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
     from reparam_diffusion.jobs.runs import with_start
+    from reparam_diffusion.models.precision import pick_device
+    from reparam_diffusion.training.check import check_settings
 
+    check_settings(config)
     cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
+    typer.echo(f"On {config.model.path}, on {pick_device(config.model.device)}.")
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         typer.echo(line)
 

@@ -146,7 +146,7 @@ def generate(
             warnings.warn(_left_out(path, bound.unmatched), stacklevel=2)
         weighted.append((bound.adapters, strength))
         words += _spoken_at(bound, strength)
-    for note in notes_on(model, prompt):
+    for note in notes_on(model, prompt, negative):
         warnings.warn(note, stacklevel=2)
     with spoken(model, words), merged(model.parts, weighted):
         return draw(

@@ -63,8 +63,10 @@ def test_a_card_goes_over_every_preset_and_says_what_it_is() -> None:
             assert (config.title, config.adapter, config.targets) == (plain.title, plain.adapter, plain.targets)
             assert config.training.gradient_checkpointing == (card < 24)
     assert card_layer("8 GB") == card_layer(8) and card_layer("") == {}
-    with pytest.raises(UserError, match="6, 8, 12, 16, 24 GB"):
-        card_layer("10")
+    assert card_layer("10") == card_layer(8), "a card in between has the next smaller one's"
+    for wrong in ("5", "large"):
+        with pytest.raises(UserError, match="6, 8, 12, 16, 24 GB"):
+            card_layer(wrong)
 
 
 def test_sdxl_at_1024_pixels_fits_on_8_gb(sdxl: Path) -> None:

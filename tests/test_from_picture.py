@@ -239,3 +239,23 @@ def test_a_recipe_in_text_keeps_what_it_starts_from(tiny: Path) -> None:
     assert from_text(to_text(full)) == full
     text = to_text(recipe(negative="x", scheduler="DDIM")) + ", Denoising strength: 0.7, Mask blur: 4"
     assert not from_text(text).image  # A1111's own pictures name none
+
+
+def test_a_see_through_mask_is_black_where_it_is_clear(tmp_path: Path) -> None:
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (8, 8, 24, 24))
+    mask.save(tmp_path / "mask.png")
+    with Image.open(tmp_path / images.keep_file(tmp_path / "mask.png", tmp_path, is_mask=True)) as kept:
+        assert kept.mode == "L" and kept.getbbox() == (8, 8, 24, 24)
+
+
+def test_what_is_wrong_with_a_picture_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    picture(32, 32).save(tmp_path / "mask.png")
+    for options, words in (
+        (["--image", str(tmp_path / "nope.png")], "nope.png cannot be used"),
+        (["--mask", str(tmp_path / "mask.png")], "A mask needs the picture"),
+        ([], "no-model"),
+    ):
+        words_given = ["generate", "--prompt", "a toy", "--model", str(tmp_path / "no-model"), *options]
+        said = CliRunner().invoke(app, [*words_given, "--workspace", str(tmp_path)])
+        assert words in str(said.exception), options

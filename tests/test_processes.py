@@ -96,6 +96,16 @@ def pretended(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def test_a_wrong_number_of_processes_leaves_the_run_as_it_was(workspace: Path) -> None:
+    folder = new_run(workspace)
+    before = (folder / "config.toml").read_text()
+    with pytest.raises(UserError, match="at most 64"):
+        launchers.change_processes(folder, 65)
+    assert (folder / "config.toml").read_text() == before
+    with locks.hold_run(folder), pytest.raises(UserError, match="worked on already"):
+        launchers.change_processes(folder, 2)
+
+
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """The processes that an `accelerate launch` has started, the first one first."""
     return sorted(psutil.Process(launcher).children(), key=lambda process: process.environ()["RANK"])

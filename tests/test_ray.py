@@ -252,3 +252,11 @@ def test_a_job_whose_place_another_took_does_nothing(
         write_note(folder, note)
         assert worker.main([str(folder), "--job", "mine"]) == 0
     assert runs.read_events(folder)[0] == []
+
+
+def test_a_process_number_of_another_machine_says_nothing_here(workspace: Path) -> None:
+    folder = runs.create_run(settle({"data": {"trigger": "sks"}}), workspace, now=NOW)
+    write_note(folder, RayNote("job", "http://head:8265", "FAILED", "It is gone."))
+    with runs.EventLog(folder) as log:
+        log.append(e.Launched(os.getpid(), str(folder), "job"))
+    assert not runs.has_worker(folder) and runs.state_of(folder).state == "lost"

@@ -193,8 +193,8 @@ def is_vae_known(vae: str, workspace: Path) -> bool:
 
 def model_path(model: str, workspace: Path) -> str | Path:
     """Where a model's small files may lie."""
-    own = workspace / "models" / model
-    return own if model and own.is_dir() else model
+    own = (workspace / "models" / model, workspace / "models" / f"{model}.safetensors")
+    return next((place for place in own if place.exists()), model) if model else model
 
 
 # --- values -> recipe ------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ change. The picture is scaled to the width and height under More settings and cr
 
 Updates = dict[Any, Any]
 """What a handler changes, by control. Any: gradio's controls and updates."""
+Size = tuple[int | None, int | None]
+"""Width and height in pixels; None is open."""
 Values = Mapping[Any, Any]
 """What gradio hands to a handler. Any: values of many kinds."""
 
@@ -134,13 +136,31 @@ def show_start(start: StartControls, recipe: Recipe, workspace: Path) -> Updates
     return {**shown, **_masked(start, recipe.mask, picture, mask), start.denoise: recipe.denoise}
 
 
-def start_with(start: StartControls, file: Path, seen: Glance, workspace: Path) -> tuple[Updates, tuple[int, int]]:
+def start_with(start: StartControls, file: Path, seen: Glance, workspace: Path) -> tuple[Updates, Size]:
     """Updates that show any picture to start from, and the size to draw at. Raises UserError for what is none."""
     name = images.keep_file(file, workspace)
     picture, _ = images.open_sources(Recipe(prompt="-", image=name), workspace)
     assert picture is not None
-    size = fitting_size(picture.size, side=seen.size or 512, step=seen.size_step)
-    return {**_shown(start, name, picture), **_masked(start, "", None, None)}, size
+    return {**_shown(start, name, picture), **_masked(start, "", None, None)}, _size_for(picture, seen)
+
+
+def size_to_draw(name: str, seen: Glance, workspace: Path) -> Size:
+    """The size that a model draws at: its own, or the one that fits the kept picture it starts from."""
+    if name:
+        try:
+            picture, _ = images.open_sources(Recipe(prompt="-", image=name), workspace)
+        except UserError:  # drawing tells
+            picture = None
+        if picture is not None:
+            return _size_for(picture, seen)
+    return seen.size, seen.size
+
+
+def _size_for(picture: Image.Image, seen: Glance) -> Size:
+    """What fits a picture; open where the model's own size does not show yet."""
+    if seen.size is None:
+        return None, None
+    return fitting_size(picture.size, side=seen.size, step=seen.size_step)
 
 
 def _shown(start: StartControls, name: str, picture: Image.Image) -> Updates:

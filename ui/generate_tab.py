@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.context import Context
@@ -36,7 +37,7 @@ from ui.generate_acts import (
 )
 from ui.generate_api import add_endpoint
 from ui.generate_form import AdapterRow, Controls, Updates, Values
-from ui.generate_start import draw_start
+from ui.generate_start import draw_start, size_to_draw
 
 __all__ = ["GenerateTab", "build_generate_tab", "open_with"]
 
@@ -135,19 +136,23 @@ def _connect_adapters(tab: GenerateTab) -> None:
     boxes = [row.box for row in controls.rows]
     controls.add.click(guarded(add, workspace), names, [*boxes, controls.add], **QUIET)
 
-    def other_model(model: str | None, negative: str | None) -> Updates:
+    def other_model(model: str | None, negative: str | None, image: str) -> Updates:
         seen = glance_at(form.model_path(model or "", workspace))
-        side = gr.update(value=seen.size, step=seen.size_step, info=f"In steps of {seen.size_step} pixels.")
+        width, height = size_to_draw(image, seen, workspace)
+
+        def side(pixels: int | None) -> Any:  # Any: gradio's update, which serves one control only
+            return gr.update(value=pixels, step=seen.size_step, info=f"In steps of {seen.size_step} pixels.")
+
         return {
             controls.steps: seen.habits.steps,
             controls.guidance: seen.habits.guidance,
             controls.negative: negative or seen.habits.negative,
-            controls.width: side,
-            controls.height: side,
+            controls.width: side(width),
+            controls.height: side(height),
         }
 
     outputs = [controls.steps, controls.guidance, controls.negative, controls.width, controls.height]
-    inputs = [controls.model, controls.negative]
+    inputs = [controls.model, controls.negative, controls.start.image]
     controls.model.input(guarded(other_model, workspace), inputs, outputs, **QUIET)
 
 

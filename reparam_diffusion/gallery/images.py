@@ -8,11 +8,11 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from pydantic import ValidationError
 
-from reparam_diffusion.data.images import open_picture
+from reparam_diffusion.data.images import open_file, open_picture
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import beside, telling
 from reparam_diffusion.gallery.recipe import Recipe, from_text, to_text, told_of
@@ -97,8 +97,13 @@ def keep_source(picture: Image.Image, workspace: Path) -> str:
 
 def keep_file(file: Path, workspace: Path, *, is_mask: bool = False) -> str:
     """As `keep_source`, for a file of any kind of picture."""
-    picture = open_picture(file.expanduser())
-    return keep_source(picture.convert("L") if is_mask else picture, workspace)
+    opened = open_file(file.expanduser())
+    if not is_mask:
+        return keep_source(opened.image, workspace)
+    mask = opened.image.convert("L")
+    if opened.alpha is not None:  # drawing programs save masks see-through, which is laid on white otherwise
+        mask = ImageChops.multiply(mask, opened.alpha)
+    return keep_source(mask, workspace)
 
 
 def source_of(name: str, workspace: Path) -> Path:

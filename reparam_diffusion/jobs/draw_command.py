@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,7 @@ def generate(
     width: Annotated[int | None, typer.Option(help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(help="Height in pixels.")] = None,
     scheduler: Annotated[str, typer.Option(help='Such as "DDIM" or "Euler a"; the model\'s own by default.')] = "",
+    clip_skip: Annotated[int, typer.Option(min=0, max=12, help="Text encoder layers to leave out at the end.")] = 0,
     image: Annotated[
         Path | None, typer.Option(help="A picture to start from; it is scaled and cropped to fit.")
     ] = None,
@@ -75,18 +77,20 @@ def generate(
             f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
         )
     used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
-    place = pick_device(device)
-    dtype = drawing_dtype(model, precision, place)
-    base = load_model(model, device=place, dtype=dtype, vae=vae, prediction_type=prediction_type)
     values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
     values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
-    values |= {"vae": vae, "prediction_type": prediction_type, "denoise": denoise}
+    values |= {"clip_skip": clip_skip, "vae": vae, "prediction_type": prediction_type, "denoise": denoise}
     for name, file in (("image", image), ("mask", mask)):
         values[name] = "" if file is None else images.keep_file(file, workspace, is_mask=name == "mask")
     recipe = make_recipe(values)
     start, white = images.open_sources(recipe, workspace)
+    if white is not None and start is None:
+        raise UserError("A mask needs the picture that it lies on.", do="Give the picture too, with --image.")
+    place = pick_device(device)  # nothing is loaded before what was given is known to be right
+    dtype = drawing_dtype(model, precision, place)
+    base = load_model(model, device=place, dtype=dtype, vae=vae, prediction_type=prediction_type)
     recipe = filled(recipe, base, None if start is None else start.size)
-    with _bar("Drawing", (recipe.steps or 0) * count) as advance:
+    with _bar("Drawing", (recipe.steps or 0) * count) as advance, _told_when_full():
         warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
         pictures = make(
             base,
@@ -99,6 +103,7 @@ def generate(
             count=count,
             width=recipe.width,
             height=recipe.height,
+            clip_skip=clip_skip,
             scheduler=scheduler,
             image=start,
             mask=white,
@@ -143,6 +148,23 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+@contextmanager
+def _told_when_full() -> Iterator[None]:
+    """Memory that runs out is told in a sentence. Raises UserError."""
+    from reparam_diffusion.jobs.worker import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            "The memory is not enough for this picture.",
+            "Drawing it needs more than this device has free.",
+            "Choose a smaller size, or wait until no training runs.",
+        ) from None
 
 
 class _bar:

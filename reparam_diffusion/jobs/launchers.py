@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from reparam_diffusion import events as e
-from reparam_diffusion.config import LaunchSettings, TrainConfig, to_toml
+from reparam_diffusion.config import LaunchSettings, TrainConfig, settle, to_toml
+from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import runs
 from reparam_diffusion.models.precision import pick_device
@@ -51,10 +52,12 @@ def new_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> 
 
 
 def change_processes(folder: Path, processes: int) -> None:
-    """Let a run go on in another number of processes."""
+    """Let a run go on in another number of processes. Raises UserError for a wrong number, or a run that is at work."""
+    if runs.has_worker(folder):
+        raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
     config = runs.read_config(folder)
-    launch = config.launch.model_copy(update={"processes": processes})
-    write_whole(folder / "config.toml", to_toml(config.model_copy(update={"launch": launch})))
+    changed = settle(config.model_dump(mode="json"), {"launch": {"processes": processes}})
+    write_whole(folder / "config.toml", to_toml(changed))
 
 
 def follow(folder: Path, *, offset: int) -> Iterator[e.Event]:

@@ -21,6 +21,7 @@ from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, read_note
+from reparam_diffusion.training.check import check_settings
 
 __all__ = [
     "EventLog",
@@ -50,6 +51,7 @@ REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
 
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
+    check_settings(config)
     config = _with_absolute_paths(with_start(config, workspace))
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
@@ -220,7 +222,7 @@ class Follower:
         self._read()
         last = self._fold.last
         note = read_note(self.folder)
-        held = held or _is_starting(last) or (note is not None and note.is_live)
+        held = held or (_is_starting(last) if note is None else note.is_live)
         state = self._fold.state(is_held=held, ended=note.ended if note else "")
         if state.state == "lost" and is_held(run_lock(self.folder)):
             state = self._fold.state(is_held=True)  # a worker took it between the two looks
@@ -245,7 +247,7 @@ class Follower:
 def has_worker(folder: Path) -> bool:
     """Whether a process works on the run, or was launched for it and is on its way to the lock, or Ray has it."""
     note = read_note(folder)
-    return is_held(run_lock(folder)) or _is_starting(_last_event(folder)) or (note is not None and note.is_live)
+    return is_held(run_lock(folder)) or (_is_starting(_last_event(folder)) if note is None else note.is_live)
 
 
 def _last_event(folder: Path) -> Event | None:

@@ -199,7 +199,7 @@ def _next_pictures(
         [(studio.adapter_file(u.name, kept.workspace), u.strength, u.te_strength) for u in recipe.adapters]
     ):
         log.append(e.Warned(note))
-    for note in notes_on(model, recipe.prompt):
+    for note in notes_on(model, recipe.prompt, recipe.negative):
         log.append(e.Warned(note))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
     looks = studio.looks_of(folder)

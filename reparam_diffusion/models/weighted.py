@@ -31,7 +31,7 @@ MISSING = "Weights and long prompts need compel: pip install -r requirements-ext
 _MARK = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
 _INSIDE = re.compile(r"(.*):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
 _BEHIND = re.compile(r"(\d+\.?\d*|\.\d+|\++|-+)(?=[\s,.;:!?)\]]|$)")
-_SIGNED = re.compile(r"([^\s,;:+]*[^\W\d_])(\++|--+)(?=[\s,.;:!?)\]]|$)")
+_SIGNED = re.compile(r"(?<![^\s,;:+])([^\s,;:+]*[^\W\d_])(\++|--+)(?=[\s,.;:!?)\]]|$)")
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -129,15 +129,16 @@ def has_compel() -> bool:
     return importlib.util.find_spec("compel") is not None
 
 
-def notes_on(model: Model, prompt: str) -> list[str]:
-    """What of a prompt has no effect here, in a sentence each."""
+def notes_on(model: Model, prompt: str, negative: str | None = None) -> list[str]:
+    """What of a prompt and its negative has no effect here, in a sentence each."""
     if has_compel():
         return []
     notes = []
-    if is_weighted(prompt):
-        notes.append(f"The weights in the prompt have no effect. {MISSING}.")
-    if is_too_long(model, plain(prompt)):
-        notes.append(f"The prompt is longer than this model reads; its end has no effect. {MISSING}.")
+    for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
+        if is_weighted(text):
+            notes.append(f"The weights in the {name} have no effect. {MISSING}.")
+        if is_too_long(model, plain(text)):
+            notes.append(f"The {name} is longer than this model reads; its end has no effect. {MISSING}.")
     return notes
 
 

@@ -26,14 +26,16 @@ def card_layer(card: int | str) -> dict[str, Any]:
     """A card's settings, to settle after a preset's; "" has none. Raises UserError. Any: nested settings."""
     if str(card) == "":
         return {}
-    number = str(card).lower().removesuffix("gb").strip()
-    if number not in {str(one) for one in cards()}:
+    text = str(card).lower().removesuffix("gb").strip()
+    fitting = [one for one in cards() if text.isdecimal() and one <= int(text)]
+    if not fitting:
         known = ", ".join(str(one) for one in cards())
         raise UserError(
             f'There are no settings for a card of "{card}".',
             f"There are some for {known} GB.",
-            "Take the next smaller.",
+            f"Write its memory in GB; a card below {cards()[0]} GB is too small for SDXL.",
         )
+    number = fitting[-1]  # a card in between has the next smaller one's
     layer = read_settings(FOLDER / f"{number}.toml")
     return {group: values for group, values in layer.items() if group not in ("title", "about")}
 

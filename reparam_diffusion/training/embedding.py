@@ -36,8 +36,7 @@ def new_word(model: Model, config: TrainConfig, *, start: Path | None = None) ->
             )
     if not settings.vectors:
         return None
-    classes = [data.class_word, config.prior.prompt, *(one.class_word or "" for one in data.sets)]
-    _check(data.trigger, " ".join(classes))
+    check_trigger(config)
     if known:
         own = known[0].vectors.items()
         return Word(data.trigger, {part: nn.Parameter(rows.to(model.device)) for part, rows in own})
@@ -85,7 +84,12 @@ def _rows_of(text: str, tokenizer: Any, encoder: Any, *, count: int) -> Tensor: 
     return rows.float().clone()
 
 
-def _check(trigger: str, class_words: str) -> None:
+def check_trigger(config: TrainConfig) -> None:
+    """Raise UserError for a trigger word that is to be learned and cannot be."""
+    data, trigger = config.data, config.data.trigger
+    if not config.embedding.vectors:
+        return
+    class_words = " ".join([data.class_word, config.prior.prompt, *(one.class_word or "" for one in data.sets)])
     if not trigger:
         raise UserError(
             "There is no trigger word to learn.", do="Write one, or set embedding.vectors to 0.", place="data.trigger"

@@ -26,6 +26,7 @@ from reparam_diffusion.training.embedding import count_vectors
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import MOST_LOOKED_AT
+from reparam_diffusion.training.optim import notes_on
 from reparam_diffusion.training.prepare import DRAWN_AT_ONCE, class_pictures_left, preview_prompts
 
 MEASURED = "measured on this machine"
@@ -114,6 +115,7 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     counts = work_of(model, config, pictures=pictures, class_pictures=left)
     vectors = count_vectors(model, config)
     notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
+    notes += notes_on(config)
     if text_is_live(config):
         notes.append("captions are encoded anew in each step")
     known = book.read()

@@ -33,7 +33,7 @@ from reparam_diffusion.training.embedding import blank_word
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
-from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
+from reparam_diffusion.training.prepare import DRAWN_AT_ONCE, spared
 from reparam_diffusion.training.ready import keep, recompute, recomputes
 
 STATES = {
@@ -91,7 +91,7 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
         """What a picture of that side takes in the VAE, with so much beside it."""
         beside += resident or bytes_of(model.vae)
         room = (memory or sys.maxsize) - KEPT_FREE - beside
-        tile = tile_side(model.vae, way, side, side, room=room, device=device)
+        tile = tile_side(model.vae, way, side, side, room=spared(room) if way == "encode" else room, device=device)
         return beside + taken(model.vae, way, side, side, device=device, side=tile)
 
     def worked(work: Callable[[], object], beside: int, *used: nn.Module) -> tuple[int, Ledger]:

@@ -36,12 +36,13 @@ from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.words import Word, spoken
 from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
+from reparam_diffusion.training.check import check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
 from reparam_diffusion.training.facts import ADAPTER, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
-from reparam_diffusion.training.optim import check_optimizer, learning_rates, notes_on
+from reparam_diffusion.training.optim import learning_rates, notes_on
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
 from reparam_diffusion.training.processes import Processes, is_first
 from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
@@ -74,7 +75,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
-    check_optimizer(config)
+    check_settings(config)
     saved = _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])

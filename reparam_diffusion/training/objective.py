@@ -49,6 +49,7 @@ class Objective:
                 "Training knows epsilon and v_prediction.",
                 "Use another model.",
             )
+        self.ends_in_noise = float(self.scheduler.alphas_cumprod[-1]) < 1e-6
         if self.prediction == "epsilon" and float(self.scheduler.alphas_cumprod[-1]) <= 0:
             raise UserError(
                 "This model has zero-terminal SNR with epsilon prediction.",
@@ -85,8 +86,11 @@ class Objective:
         return error * self.weights(batch.timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weight of each timestep (batch,); ones when gamma is 0."""
-        if not self.gamma:
+        """Min-SNR weight of each timestep (batch,); ones when gamma is 0, or where the noise ends in pure noise.
+
+        There min-SNR's weight falls to 0: the last steps, for whose sake it is chosen, would learn nothing.
+        """
+        if not self.gamma or self.ends_in_noise:
             return torch.ones_like(timesteps, dtype=torch.float32)
         from diffusers.training_utils import compute_snr
 

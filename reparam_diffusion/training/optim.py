@@ -138,8 +138,8 @@ def notes_on(config: TrainConfig) -> Iterator[str]:
     if settings.optimizer == PRODIGY:
         if settings.learning_rate < _SMALL_PRODIGY:
             yield (
-                f"Prodigy finds the learning rate itself and multiplies it by training.learning_rate, which should be "
-                f"about 1 and is {settings.learning_rate:g}: it will learn very slowly."
+                f"Prodigy finds the learning rate itself and multiplies it by training.learning_rate, which is "
+                f"{settings.learning_rate:g}: it will learn next to nothing. Set training.learning_rate to 1."
             )
         if settings.text_learning_rate not in (0.0, settings.learning_rate):
             yield "Prodigy has one learning rate for all parts: training.text_learning_rate is not used."

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 import torch
 
 from reparam_diffusion.config import TrainConfig
-from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
@@ -18,12 +17,6 @@ from reparam_diffusion.training.processes import Processes, join_processes
 
 def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]:
     """The base model in a number format ("auto" takes the faster one), and the processes that train it together."""
-    if config.model.block_offload and config.training.compile:
-        raise UserError(
-            "Compiled blocks cannot be offloaded.",
-            do="Switch training.compile or model.block_offload off.",
-            place="training.compile",
-        )
     processes = join_processes(pick_device(config.model.device))
     assert processes.device is not None
     # The first process decides: each would measure for itself, and two may come to different answers.
