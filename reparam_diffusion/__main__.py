@@ -48,6 +48,7 @@ def train(
 
     from reparam_diffusion import config as c
     from reparam_diffusion.data.sets import find_all
+    from reparam_diffusion.jobs import presets
     from reparam_diffusion.jobs.launchers import new_run
     from reparam_diffusion.jobs.ray_jobs import check
     from reparam_diffusion.training.cards import card_layer
@@ -68,6 +69,8 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
+    for note in presets.notes_on(preset, config, card=card):
+        typer.echo(f"Note: {note}", err=True)
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))

@@ -146,7 +146,7 @@ def test_a_dry_run_names_the_card_whose_settings_fit(tiny: Path, pictures: Path,
     assert "It does not fit: about 0.2 GB are free for it. Choose the 8 GB card's settings (--card 8" in told.output
     fits = CliRunner().invoke(app, [*words[:-1], "--card", "8"])
     assert fits.exit_code == 0 and "does not fit" not in fits.output, fits.output
-    wrong = CliRunner().invoke(app, [*words, "--card", "9"])
+    wrong = CliRunner().invoke(app, [*words, "--card", "5"])
     assert isinstance(wrong.exception, UserError) and "6, 8, 12, 16, 24 GB" in str(wrong.exception)
 
 
@@ -175,7 +175,7 @@ def test_the_page_and_programs_take_a_card(pictures: Path, tmp_path: Path) -> No
     assert "card" not in layer
     files = sorted(pictures.glob("*.png"))
     with pytest.raises(UserError, match="card"):
-        runs_api.train_on(tmp_path, files, {"card": "7", "data.trigger": "sks"})
+        runs_api.train_on(tmp_path, files, {"card": "5", "data.trigger": "sks"})
 
 
 def test_what_does_not_fit_is_told_under_the_button(pictures: Path, tmp_path: Path) -> None:
@@ -186,3 +186,16 @@ def test_what_does_not_fit_is_told_under_the_button(pictures: Path, tmp_path: Pa
     chosen = datasets.sort_files(sorted(pictures.glob("*.png")))
     told = ahead.told_of(tmp_path, chosen, settle({}), cost, is_measuring=False)
     assert '<p class="callout bad" role="alert">It does not fit &lt;b&gt;.</p>' in told
+
+
+def test_a_preset_for_another_model_and_a_card_that_is_not_there_are_told(tiny: Path) -> None:
+    starter, other = settle({}), settle({"model": {"path": str(tiny)}})
+    assert (
+        presets.notes_on("quick", starter) == presets.notes_on("sdxl-lora", other) == presets.notes_on("", other) == []
+    )
+    (wrong,) = presets.notes_on(presets.FIRST, other)
+    assert "Stable Diffusion XL" in wrong
+    (also,) = presets.notes_on("sdxl", starter)
+    assert "starter" in also
+    (card,) = presets.notes_on("quick", settle({"model": {"device": "cpu"}}), card="8")
+    assert "no graphics card" in card

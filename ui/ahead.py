@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -15,7 +15,7 @@ from reparam_diffusion.config import TrainConfig, settle
 from reparam_diffusion.data.check import look_over
 from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.jobs import estimates, queue, runs
+from reparam_diffusion.jobs import estimates, presets, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
@@ -57,7 +57,8 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
         return Ahead(cards(costs), "", is_complete=True)
     is_measuring = estimates.find_out([mine])
     is_wanted = estimates.find_out(list(configs.values()))
-    told = told_of(workspace, chosen, mine, costs[mine.adapter.method], is_measuring=is_measuring)
+    about = presets.notes_on(settings["preset"], mine, card=settings["card"])
+    told = told_of(workspace, chosen, mine, costs[mine.adapter.method], about, is_measuring=is_measuring)
     return Ahead(cards(costs), told, is_complete=not is_wanted)
 
 
@@ -81,9 +82,17 @@ def cards(costs: Mapping[str, Cost]) -> list[tuple[str, str]]:
     return rows
 
 
-def told_of(workspace: Path, chosen: PictureSet, config: TrainConfig, cost: Cost, *, is_measuring: bool) -> str:
-    """The cost, and what the pictures and captions lack, in plain words."""
-    notes = "".join(f"<li>{escape(note)}</li>" for note in notes_of(chosen, config))
+def told_of(
+    workspace: Path,
+    chosen: PictureSet,
+    config: TrainConfig,
+    cost: Cost,
+    about: Sequence[str] = (),
+    *,
+    is_measuring: bool,
+) -> str:
+    """The cost, what does not go together (`about`), and what the pictures and captions lack, in plain words."""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in [*about, *notes_of(chosen, config)])
     waiting = len(queue.waiting(workspace))
     line = f" {waiting} other{'s' if waiting > 1 else ''} will go first." if waiting else ""
     listed = f'<p class="callout bad" role="alert">{escape(cost.advice)}</p>' if cost.advice else ""

@@ -10,6 +10,8 @@ from reparam_diffusion.config import PRESETS, TrainConfig, find_preset, read_set
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery.shelf import make_slug
+from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.training.cards import card_layer
 
 FIRST = "starter"
@@ -35,6 +37,29 @@ def choices(workspace: Path) -> list[tuple[str, str]]:
     for file in sorted(_home(workspace).glob("*.toml")):
         found[f"{MINE}{file.stem}"] = f"{_title(file)} (yours)"
     return [(title, name) for name, title in found.items()]
+
+
+def notes_on(name: str, config: TrainConfig, *, card: str = "") -> list[str]:
+    """What a person should know of a preset and a card that are for something else than this run has.
+
+    Raises UserError for a model that cannot be read.
+    """
+    notes = []
+    made_for = "" if name.startswith(MINE) or name.endswith(".toml") else name.partition("-")[0]
+    family = "starter" if config.model.path == "starter" else outline(config.model.path).family
+    fitting = {"starter": "starter", "sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}[family]
+    if made_for and fitting != (made_for if made_for in ("sd15", "sdxl") else "starter"):
+        titles = {
+            "starter": "the bundled starter model",
+            "sd15": "Stable Diffusion 1.5 and 2.x",
+            "sdxl": "Stable Diffusion XL",
+        }
+        notes.append(
+            f"These settings are not made for the base model: choose those for {titles[fitting]}, or another model."
+        )
+    if card and pick_device(config.model.device).type == "cpu":
+        notes.append("torch sees no graphics card here: this would run on the processor (see README, Graphics cards).")
+    return notes
 
 
 def layers(name: str, workspace: Path, *, kind: str, method: str, card: str = "") -> list[Layer]:
