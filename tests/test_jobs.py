@@ -15,7 +15,7 @@ from fake_worker import fake_train
 from run_folders import ROOT, new_run, wait_for
 
 from reparam_diffusion import events as e
-from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.config import TrainConfig, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.jobs import fold, locks, runs, worker
@@ -173,6 +173,16 @@ def test_a_run_goes_from_created_to_finished_and_onto_the_shelf(workspace: Path)
     assert (state.state, state.step, state.checkpoint) == ("finished", 8, 5)
     assert shelf.find("sks toy lora", workspace) == (folder / state.gallery).resolve()
     assert shelf.list_adapters(workspace)[0].facts["activation text"] == "sks toy"
+
+
+def test_the_gallery_knows_the_words_of_every_set(workspace: Path) -> None:
+    folder = new_run(workspace)
+    config = runs.read_config(folder)
+    sets = [{"images": "more", "trigger": "zwx", "class_word": "dog"}, {"images": "plain", "trigger": ""}]
+    layers = [config.model_dump(mode="json"), {"data": {"sets": sets}}]
+    (folder / "config.toml").write_text(to_toml(settle(*layers)), encoding="utf-8")
+    list(worker.work(folder, train=fake_train))
+    assert shelf.list_adapters(workspace)[0].facts["activation text"] == "sks toy, zwx dog"
 
 
 def test_a_killed_worker_is_lost_not_running_and_can_be_resumed(workspace: Path, start_fake: Start) -> None:

@@ -249,7 +249,7 @@ def _fits(address: str, cores: int, cards: int) -> Iterator[e.Event]:
         told = " or ".join(f"{has} cores and {shows} GPUs" for has, shows in sorted(set(sizes))[-3:]) or "nothing"
         yield e.Warned(
             f"The run asks Ray for a machine with {cores} cores and {cards} GPUs; the cluster's have {told} now. "
-            "It waits until a larger one joins."
+            "It waits until a larger one joins; where none will, set model.device = cpu, or fewer launch.cores."
         )
 
 

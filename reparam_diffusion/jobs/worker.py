@@ -27,6 +27,7 @@ import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
+from reparam_diffusion.data.sets import sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import of_run
 from reparam_diffusion.jobs import launchers, locks, runs
@@ -182,9 +183,11 @@ def _several(first: str, count: int) -> list[str]:
 
 def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None, *, step: int) -> e.Event:
     """Put the finished adapter into the gallery; a full disk there must not spoil the run."""
-    is_style = config.data.kind == "style"
-    words = [config.data.trigger] if is_style else [config.data.trigger, config.data.class_word]
-    facts: dict[str, object] = {"activation text": " ".join(word for word in words if word)}
+    called = []
+    for one in sources_of(config.data):
+        words = [one.trigger] if one.kind == "style" else [one.trigger, one.class_word]
+        called += [" ".join(word for word in words if word)] if one.trigger or one.place == "data" else []
+    facts: dict[str, object] = {"activation text": ", ".join(dict.fromkeys(called))}
     workspace = runs.workspace_of(folder)
     try:
         added = of_run.shelve(

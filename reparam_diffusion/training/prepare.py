@@ -264,7 +264,8 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     prompts, steps = about["prompts"], about["steps"]
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
-    write_whole(place / "about.json", json.dumps(about, indent=1))
+    if _json(place / "about.json") != about:  # each of several processes comes by here
+        write_whole(place / "about.json", json.dumps(about, indent=1))
     for start in range(0, prior.images, DRAWN_AT_ONCE):
         numbers = [
             n for n in range(start, min(start + DRAWN_AT_ONCE, prior.images)) if not (place / f"{n:04d}.png").is_file()
