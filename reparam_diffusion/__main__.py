@@ -52,6 +52,7 @@ def train(
     from reparam_diffusion.jobs.launchers import new_run
     from reparam_diffusion.jobs.ray_jobs import check
     from reparam_diffusion.training.cards import card_layer
+    from reparam_diffusion.training.processes import is_first
 
     given: dict[str, str | int] = {
         "data.images": images,
@@ -69,9 +70,9 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
-    for note in presets.notes_on(preset, config, card=card):
-        typer.echo(f"Note: {note}", err=True)
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
+    for note in presets.notes_on(preset, config, card=card) if is_first() else ():
+        typer.echo(f"Note: {note}", err=True)
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))
         return

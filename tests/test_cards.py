@@ -195,6 +195,7 @@ def test_a_preset_for_another_model_and_a_card_that_is_not_there_are_told(tiny: 
     )
     (wrong,) = presets.notes_on(presets.FIRST, other)
     assert "Stable Diffusion XL" in wrong
+    assert presets.notes_on("sdxl", settle({"model": {"path": "owner/not-fetched-yet"}})) == []
     (also,) = presets.notes_on("sdxl", starter)
     assert "starter" in also
     (card,) = presets.notes_on("quick", settle({"model": {"device": "cpu"}}), card="8")

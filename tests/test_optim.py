@@ -130,7 +130,7 @@ def notes(base: list[str], tmp_path: Path, *settings: str) -> list[str]:
 
 def test_settings_that_make_no_sense_together_are_told(base: list[str], tmp_path: Path) -> None:
     small = notes(base, tmp_path / "a", "training.optimizer=prodigy", "training.text_learning_rate=0.5")
-    assert "should be about 1 and is 0.01" in small[0] and "one learning rate for all parts" in small[1]
+    assert "which is 0.01: it will learn next to nothing" in small[0] and "one learning rate for all parts" in small[1]
     assert not notes(base, tmp_path / "b", *settings_for("prodigy"))
     free = "training.optimizer=adamw_schedulefree"
     assert "cosine is not used" in notes(base, tmp_path / "c", free)[0]

@@ -40,15 +40,11 @@ def choices(workspace: Path) -> list[tuple[str, str]]:
 
 
 def notes_on(name: str, config: TrainConfig, *, card: str = "") -> list[str]:
-    """What a person should know of a preset and a card that are for something else than this run has.
-
-    Raises UserError for a model that cannot be read.
-    """
+    """What a person should know of a preset and a card that are for something else than this run has."""
     notes = []
     made_for = "" if name.startswith(MINE) or name.endswith(".toml") else name.partition("-")[0]
-    family = "starter" if config.model.path == "starter" else outline(config.model.path).family
-    fitting = {"starter": "starter", "sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}[family]
-    if made_for and fitting != (made_for if made_for in ("sd15", "sdxl") else "starter"):
+    fitting = _fitting(config.model.path)
+    if made_for and fitting and fitting != (made_for if made_for in ("sd15", "sdxl") else "starter"):
         titles = {
             "starter": "the bundled starter model",
             "sd15": "Stable Diffusion 1.5 and 2.x",
@@ -60,6 +56,15 @@ def notes_on(name: str, config: TrainConfig, *, card: str = "") -> list[str]:
     if card and pick_device(config.model.device).type == "cpu":
         notes.append("torch sees no graphics card here: this would run on the processor (see README, Graphics cards).")
     return notes
+
+
+def _fitting(model: str) -> str:
+    """Which presets are for a base model; "" where it cannot be read: the run fetches it, or tells why."""
+    try:
+        family = "starter" if model == "starter" else outline(model).family
+    except UserError:
+        return ""
+    return {"starter": "starter", "sd1": "sd15", "sd2": "sd15", "sdxl": "sdxl"}[family]
 
 
 def layers(name: str, workspace: Path, *, kind: str, method: str, card: str = "") -> list[Layer]:
