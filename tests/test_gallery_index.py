@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +21,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import catalog, index, shelf
 from reparam_diffusion.gallery.report import report_lines, report_of
 from ui import gallery_cards, gallery_look
+from ui.gallery_tab import build_gallery_tab
 
 SITE = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 LEAVES = {
@@ -224,3 +227,21 @@ def test_a_preferred_strength_of_zero_is_a_strength(tmp_path: Path, noted: objec
     file = put(tmp_path, "one", notes={"preferred weight": noted})
     assert catalog.entry_at(file, tmp_path).strength == used
     assert gallery_look.notes_of(shelf.shelved_at(file))["preferred weight"] == used
+
+
+def test_what_was_typed_stays_though_an_older_look_comes_in_late(tmp_path: Path) -> None:
+    put(tmp_path, "one", notes={"name": "One", "notes": "red"})
+    with gr.Blocks(analytics_enabled=False):
+        tab = build_gallery_tab(tmp_path)
+    values: dict[Any, Any] = {control: getattr(control, "value", None) for control in tab.asked()}
+    older = dict(values)  # nothing is chosen yet
+    chosen = gallery_look.look(tmp_path, tab, values, news={tab.selected: "one"})
+    values |= {control: chosen[control] for control in tab.asked() & chosen.keys() - {tab.base, tab.method}}
+    name, notes = tab.fields["name"], tab.fields["notes"]
+    assert (values[name], values[notes]) == ("One", "red")
+    values |= {tab.shown: gallery_look.look(tmp_path, tab, older)[tab.shown], name: "Mimi"}
+    updates = gallery_look.look(tmp_path, tab, values)
+    assert tab.head in updates and name not in updates  # the details anew, and not over what was typed
+    shelf.edit("one", tmp_path, {"notes": "blue", "name": "Other"})
+    updates = gallery_look.look(tmp_path, tab, values)
+    assert (updates[notes], name in updates) == ("blue", False)

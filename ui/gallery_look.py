@@ -25,6 +25,7 @@ SOON, SELDOM = 0.4, 3.0  # seconds between two looks: while there is more to rea
 EMPTY = '<p class="quiet empty">No adapters yet. Train one, or drop a file here.</p>'
 NOTHING_FOUND = '<p class="quiet empty">Nothing matches. Try fewer words, or other filters.</p>'
 EMPTY_BIN = '<p class="quiet empty">The bin is empty.</p>'
+OF = "of"  # whose notes a browser was given
 CHOOSE = '<p class="quiet empty">Choose an adapter to see what it is.</p>'
 
 Values = Mapping[Any, Any]
@@ -40,7 +41,7 @@ Part = tuple[str, Sign, Callable[[], tuple[Updates, bool]]]
 @dataclass(frozen=True)
 class GalleryTab:
     """The controls of the tab. `selected` is the chosen adapter's stem, or its key in the bin; `limit` how many cards
-    are shown at most; `shown` signs of what the browser has; `noted` the notes as it was given them.
+    are shown at most; `shown` signs of what the browser has; `noted` the notes as it was given them, and whose they are.
     """
 
     search: gr.Textbox
@@ -177,13 +178,18 @@ def _shelf_details(workspace: Path, tab: GalleryTab, values: Values, file: Path)
     except UserError:  # the entry says why
         report = None
     before, now = values[tab.noted], notes_of(entry.shelved)
-    is_same = values[tab.shown].get("details", ())[:2] == ("shelf", entry.stem)
-    # What a person is typing stays when somebody else's change comes in.
-    fields = {f: now[key] for key, f in tab.fields.items() if not is_same or values[f] == before.get(key)}
+    is_other = before.get(OF) != entry.stem
+    # What a person is typing stays when somebody else's change comes in, and so what has been typed since this look
+    # was asked for: a field that shows the right text already is left alone.
+    fields = {
+        f: now[key]
+        for key, f in tab.fields.items()
+        if values[f] != now[key] and (is_other or values[f] == before.get(key))
+    }
     return {
         tab.head: draw.head_of(entry, report),
         tab.rest: _loss_of(workspace, entry.shelved) + (draw.rest_of(report) if report else ""),
-        tab.noted: now,
+        tab.noted: {OF: entry.stem, **now},
         **fields,
         **_buttons(tab, on_shelf=True),
     }
