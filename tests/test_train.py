@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,21 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.apply import apply_adapter, generate
 from reparam_diffusion.config import parse_set, settle
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.events import Event, Finished, Paused, Ranked, Sampled, Saved, Started, Step, Stopped, Validated
+from reparam_diffusion.events import (
+    Event,
+    Finished,
+    Paused,
+    Ranked,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+    Warned,
+)
 from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.jobs.runs import create_run
 from reparam_diffusion.models.load import load_model
 from reparam_diffusion.training.loop import train
 
@@ -145,11 +159,21 @@ def test_zero_terminal_snr_holds_for_training_previews_and_the_header(
     events = run(config, tmp_path / "run")
     assert all(torch.isfinite(torch.tensor(event.loss)) for event in of(Step, events))
     assert 999 in first, "previews start at the last timestep"
-    assert read_adapter(tmp_path / "run" / "adapter.safetensors").metadata["ss_zero_terminal_snr"] == "True"
+    header = read_adapter(tmp_path / "run" / "adapter.safetensors").metadata
+    assert (header["ss_zero_terminal_snr"], header["ss_min_snr_gamma"]) == ("True", "None")
+    assert config.training.min_snr_gamma == 5.0
+    assert [event.message for event in of(Warned, events) if "Min-SNR is off" in event.message]
+
+
+@pytest.mark.parametrize(("own", "asked"), [("epsilon", "auto"), ("v_prediction", "epsilon")])
+def test_zero_terminal_snr_without_v_prediction_is_told_before_a_run_is_made(
+    own: str, asked: str, pictures: Path, tmp_path: Path
+) -> None:
+    model = save_tiny(tmp_path / "model", "sd1", prediction=own)
+    config = config_for(model, pictures, "model.zero_terminal_snr=true", f"model.prediction_type={asked}")
     with pytest.raises(UserError, match="needs a model with v-prediction"):
-        run(
-            config_for(save_tiny(tmp_path / "epsilon", "sd1"), pictures, "model.zero_terminal_snr=true"), tmp_path / "b"
-        )
+        create_run(config, tmp_path / "workspace", now=datetime.datetime.now())
+    assert not list((tmp_path / "workspace").glob("runs/*"))
 
 
 def test_several_methods_share_a_run_by_rules(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:
         mixed_precision="no" if model.dtype == torch.float32 else name_of(model.dtype),
         clip=training.clip,
         gradient_checkpointing=training.gradient_checkpointing,
-        min_snr_gamma=training.min_snr_gamma,
+        min_snr_gamma=setup.objective.gamma,
         noise_offset=training.noise_offset,
         zero_terminal_snr=bool(model.scheduler.config.get("rescale_betas_zero_snr", False)),
         caption_dropout=data.caption_dropout,

@@ -85,6 +85,8 @@ def train(
     sites = plan_run(model, config, start=start)
     word = new_word(model, config, start=start)
     yield from _notes(model, config, sites, word)
+    if objective.gamma != training.min_snr_gamma:
+        yield Warned("Min-SNR is off: with zero terminal SNR it would give the last step no weight.")
     with spoken(model, [] if word is None else [word]):
         material = yield from _prepared(model, config, folder, processes, stop=stop, saved=saved)
     if material is None:

@@ -34,14 +34,17 @@ class Noised:
 
 
 class Objective:
-    """The forward process of one model and the loss on its prediction."""
+    """The forward process of one model and the loss on its prediction.
+
+    `gamma` is min-SNR's, 0 where a model's noise ends in pure noise: its weight falls to 0 there, so that the last
+    steps, for whose sake such noise is chosen, would learn nothing.
+    """
 
     def __init__(self, model: Model, *, min_snr_gamma: float, noise_offset: float) -> None:
         from diffusers import DDPMScheduler
 
         self.scheduler: Any = DDPMScheduler.from_config(model.scheduler.config)
         self.prediction = model.prediction_type
-        self.gamma = min_snr_gamma
         self.noise_offset = noise_offset
         if self.prediction not in PREDICTIONS:
             raise UserError(
@@ -49,7 +52,8 @@ class Objective:
                 "Training knows epsilon and v_prediction.",
                 "Use another model.",
             )
-        self.ends_in_noise = float(self.scheduler.alphas_cumprod[-1]) < 1e-6
+        ends_in_noise = float(self.scheduler.alphas_cumprod[-1]) < 1e-6
+        self.gamma = 0.0 if ends_in_noise else min_snr_gamma
         if self.prediction == "epsilon" and float(self.scheduler.alphas_cumprod[-1]) <= 0:
             raise UserError(
                 "This model has zero-terminal SNR with epsilon prediction.",
@@ -86,11 +90,8 @@ class Objective:
         return error * self.weights(batch.timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor:
-        """Min-SNR weight of each timestep (batch,); ones when gamma is 0, or where the noise ends in pure noise.
-
-        There min-SNR's weight falls to 0: the last steps, for whose sake it is chosen, would learn nothing.
-        """
-        if not self.gamma or self.ends_in_noise:
+        """Min-SNR weight of each timestep (batch,); ones when gamma is 0."""
+        if not self.gamma:
             return torch.ones_like(timesteps, dtype=torch.float32)
         from diffusers.training_utils import compute_snr
 
