@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.data.images import open_picture
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.formats.read import read_adapter
+from reparam_diffusion.formats.read import AdapterFile, read_adapter
 from reparam_diffusion.inject import Injection, Merge, attach, merged
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
@@ -91,6 +91,8 @@ class Bound:
     adapters: dict[str, Adapter]
     words: list[Word]
     unmatched: list[tuple[str, str]]
+    zero_terminal_snr: bool
+    """Whether it was trained on this model with a schedule that ends in pure noise, and so is drawn with."""
 
 
 def bind(model: Model, file_or_folder: str | Path) -> Bound:
@@ -105,7 +107,16 @@ def bind(model: Model, file_or_folder: str | Path) -> Bound:
             f"None of its layers match: {key}: {why}" if key else f"None of its layers match: {why}.",
             "Use it with the base model it was made for.",
         )
-    return Bound(adapters, words, unmatched + others)
+    return Bound(adapters, words, unmatched + others, _ends_in_noise(file, model))
+
+
+def are_from_noise(model: Model, files: Iterable[str | Path]) -> bool:
+    """Whether one of the adapters wants to be drawn from pure noise on this model: zero terminal SNR."""
+    return any(_ends_in_noise(read_adapter(file), model) for file in files)
+
+
+def _ends_in_noise(file: AdapterFile, model: Model) -> bool:
+    return file.metadata.get("ss_zero_terminal_snr") == "True" and model.prediction_type == "v_prediction"
 
 
 def generate(
@@ -138,7 +149,7 @@ def generate(
         raise UserError("The prompt is empty.", do="Say what to draw.")
     if count < 1:
         raise UserError("The number of pictures must be at least 1.")
-    weighted, words = [], []
+    weighted, words, to_noise = [], [], False
     for choice in adapters:
         path, strength = _strengths(choice)
         bound = bind(model, path)
@@ -146,6 +157,7 @@ def generate(
             warnings.warn(_left_out(path, bound.unmatched), stacklevel=2)
         weighted.append((bound.adapters, strength))
         words += _spoken_at(bound, strength)
+        to_noise |= bound.zero_terminal_snr
     for note in notes_on(model, prompt, negative):
         warnings.warn(note, stacklevel=2)
     with spoken(model, words), merged(model.parts, weighted):
@@ -163,6 +175,7 @@ def generate(
             image=_picture(image),
             mask=_picture(mask),
             denoise=denoise,
+            zero_terminal_snr=to_noise,
             on_step=on_step,
             on_look=on_look,
         )
@@ -184,10 +197,13 @@ class Easel:
         self._merge = Merge(model.parts)
         self._keep = keep
         self._read: dict[Path, tuple[object, Bound]] = {}
+        self.zero_terminal_snr = False
+        """Whether one that is put on wants to be drawn from pure noise."""
 
     def put(self, choices: Sequence[AdapterChoice]) -> list[str]:
         """Have exactly these adapters merged and their words known; says of each file what does not fit."""
         weighted, words, notes = [], [], []
+        self.zero_terminal_snr = False
         for choice in choices:
             path, strength = _strengths(choice)
             bound = self._file(Path(path))
@@ -195,6 +211,7 @@ class Easel:
                 notes.append(_left_out(path, bound.unmatched))
             weighted.append((bound.adapters, strength))
             words += _spoken_at(bound, strength)
+            self.zero_terminal_snr |= bound.zero_terminal_snr
         set_words(self.model, words)
         self._merge.settle(weighted)
         return notes

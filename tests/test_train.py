@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import save_pictures, save_tiny
 
 from reparam_diffusion.adapters import METHODS
-from reparam_diffusion.apply import apply_adapter, generate
+from reparam_diffusion.apply import Easel, apply_adapter, generate
 from reparam_diffusion.config import parse_set, settle
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
@@ -163,6 +163,16 @@ def test_zero_terminal_snr_holds_for_training_previews_and_the_header(
     assert (header["ss_zero_terminal_snr"], header["ss_min_snr_gamma"]) == ("True", "None")
     assert config.training.min_snr_gamma == 5.0
     assert [event.message for event in of(Warned, events) if "Min-SNR is off" in event.message]
+
+    file = tmp_path / "run" / "adapter.safetensors"
+    plain, to_noise = (load_model(model, device="cpu", zero_terminal_snr=asked) for asked in (False, True))
+    alike = [generate(one, "a sks", adapters=[file], steps=2)[0].tobytes() for one in (plain, to_noise)]
+    assert alike[0] == alike[1] != generate(plain, "a sks", steps=2)[0].tobytes()
+    easel = Easel(plain)
+    easel.put([file])
+    assert easel.zero_terminal_snr
+    easel.put([])
+    assert not easel.zero_terminal_snr
 
 
 @pytest.mark.parametrize(("own", "asked"), [("epsilon", "auto"), ("v_prediction", "epsilon")])

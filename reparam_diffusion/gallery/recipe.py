@@ -13,7 +13,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.sample import split_tags
-from reparam_diffusion.models.schedulers import SCHEDULERS, own_name
+from reparam_diffusion.models.schedulers import SCHEDULERS, down_to_noise, own_name
 from reparam_diffusion.models.start import fitting_size
 
 _MOST_ADAPTERS = 32
@@ -98,11 +98,14 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise UserError(f"{place}: {words}" if place else words) from None
 
 
-def filled(recipe: Recipe, model: Model, picture: tuple[int, int] | None = None) -> Recipe:
+def filled(
+    recipe: Recipe, model: Model, picture: tuple[int, int] | None = None, *, zero_terminal_snr: bool = False
+) -> Recipe:
     """The recipe with the model's own values where it left them open, so that it says all by itself.
 
-    `picture` is the size of the one that it begins from.
+    `picture` is the size of the one that it begins from, `zero_terminal_snr` whether it is drawn from pure noise.
     """
+    own = down_to_noise(model.scheduler) if zero_terminal_snr else model.scheduler
     habits = model.habits
     side = model.size
     width, height = fitting_size(picture, side=side, step=model.size_step) if picture else (side, side)
@@ -111,7 +114,7 @@ def filled(recipe: Recipe, model: Model, picture: tuple[int, int] | None = None)
             "negative": habits.negative if recipe.negative is None else recipe.negative,
             "steps": recipe.steps or habits.steps,
             "guidance": habits.guidance if recipe.guidance is None else recipe.guidance,
-            "scheduler": recipe.scheduler or own_name(model.scheduler),
+            "scheduler": recipe.scheduler or own_name(own),
             "width": recipe.width or width,
             "height": recipe.height or height,
         }

@@ -60,6 +60,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line a picture.")] = False,
 ) -> None:
     """Draw pictures, with any number of adapters at any strength."""
+    from reparam_diffusion.apply import are_from_noise
     from reparam_diffusion.apply import generate as make
     from reparam_diffusion.gallery import images
     from reparam_diffusion.gallery.recipe import filled, make_recipe
@@ -89,7 +90,8 @@ def generate(
     place = pick_device(device)  # nothing is loaded before what was given is known to be right
     dtype = drawing_dtype(model, precision, place)
     base = load_model(model, device=place, dtype=dtype, vae=vae, prediction_type=prediction_type)
-    recipe = filled(recipe, base, None if start is None else start.size)
+    to_noise = are_from_noise(base, [path for path, _, _ in chosen])
+    recipe = filled(recipe, base, None if start is None else start.size, zero_terminal_snr=to_noise)
     with _bar("Drawing", (recipe.steps or 0) * count) as advance, _told_when_full():
         warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
         pictures = make(

@@ -194,11 +194,12 @@ def _next_pictures(
     easel = kept.easel(base)
     model = easel.model
     image, mask = images.open_sources(asked, kept.workspace)
-    recipe = filled(asked, model, None if image is None else image.size)
     for note in easel.put(
-        [(studio.adapter_file(u.name, kept.workspace), u.strength, u.te_strength) for u in recipe.adapters]
+        [(studio.adapter_file(u.name, kept.workspace), u.strength, u.te_strength) for u in asked.adapters]
     ):
         log.append(e.Warned(note))
+    to_noise = easel.zero_terminal_snr
+    recipe = filled(asked, model, None if image is None else image.size, zero_terminal_snr=to_noise)
     for note in notes_on(model, recipe.prompt, recipe.negative):
         log.append(e.Warned(note))
     seeds = _seeds_alike(request.recipes[first:], most=at_once(model.device, recipe.width or 0, recipe.height or 0))
@@ -228,6 +229,7 @@ def _next_pictures(
         image=image,
         mask=mask,
         denoise=recipe.denoise,
+        zero_terminal_snr=to_noise,
         on_step=on_step,
         on_look=on_look,
     )

@@ -17,7 +17,7 @@ from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
 from reparam_diffusion.models.room import give_back
-from reparam_diffusion.models.schedulers import make_scheduler
+from reparam_diffusion.models.schedulers import down_to_noise, make_scheduler
 from reparam_diffusion.models.start import Starter, fitting_size, make_start
 from reparam_diffusion.models.weighted import encode_prompts
 
@@ -49,6 +49,7 @@ def draw(
     image: Image | None = None,
     mask: Image | None = None,
     denoise: float = DENOISE,
+    zero_terminal_snr: bool = False,
     on_step: OnStep | None = None,
     on_look: OnLook | None = None,
 ) -> list[Image]:
@@ -56,8 +57,9 @@ def draw(
 
     `scheduler` is one of SCHEDULERS, "" the model's own. With `image` drawing begins from it, scaled to cover the size
     and cropped around its middle; no size is then the one nearest to its proportions. `denoise` (0 to 1) is how much
-    may change, `mask` is white where; elsewhere the image's pixels stay as they are. `on_step(done, total)` is told of
-    progress; when it returns True the drawing ends early with no pictures.
+    may change, `mask` is white where; elsewhere the image's pixels stay as they are. `zero_terminal_snr` begins at pure
+    noise, as an adapter may have been trained. `on_step(done, total)` is told of progress; when it returns True the
+    drawing ends early with no pictures.
     """
     steps = model.habits.steps if steps is None else steps
     guidance = model.habits.guidance if guidance is None else guidance
@@ -73,7 +75,7 @@ def draw(
         start = make_start(image, mask, denoise=denoise, width=width, height=height, steps=steps)
     with torch.no_grad():
         text = encode_prompts(model, [prompt, negative], clip_skip=clip_skip)
-        fresh = make_scheduler(model.scheduler, scheduler)
+        fresh = make_scheduler(down_to_noise(model.scheduler) if zero_terminal_snr else model.scheduler, scheduler)
         watcher = None if on_look is None else Watcher(fresh)
         options = {"vae": model.vae, "tokenizers": model.tokenizers, "scheduler": fresh, "device": model.device}
         pipe = pipeline_over(model.parts, **options, from_picture=start is not None)
