@@ -107,7 +107,7 @@ def test_presets_of_one_base_model_are_one_choice(tmp_path: Path) -> None:
     assert next(iter(choices.values())) == presets.FIRST
     assert choices["Quick"] == "quick"
     assert not [name for name in choices.values() if name.endswith(("-subject", "style"))]
-    assert choices["Stable Diffusion 1.5"] == "sd15"
+    assert choices["Stable Diffusion 1.5 and 2.x"] == "sd15"
     assert starting.settled(tmp_path, "sd15", "subject", "oft").adapter.method == "oft"
     steps = find_preset("sd15-lora")["training"]["steps"]
     assert starting.settled(tmp_path, "sd15", "subject", "lora").training.steps == steps

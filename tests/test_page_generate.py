@@ -90,6 +90,19 @@ def test_a_prompt_becomes_a_picture(opened: Open, served: Served) -> None:
     )
 
 
+def test_a_model_that_comes_while_the_page_is_open_can_be_chosen(opened: Open, served: Served) -> None:
+    page = opened()
+    generate_tab(page)
+    models = page.get_by_label("Base model").locator("visible=true")
+    expect(models).to_have_value("Starter (3D icons)")
+    folder = served.workspace / "models" / "fine-tune"
+    folder.mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    models.click()
+    page.get_by_role("option", name="fine-tune").click()
+    expect(models).to_have_value("fine-tune")
+
+
 def test_only_pictures_are_served(served: Served) -> None:
     """Not what was asked for, nor the studio's log."""
     (picture,) = images.history(served.workspace, most=9)

@@ -13,10 +13,10 @@ import gradio as gr
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import ModelSettings, TrainConfig, read_settings, settle, to_toml
 from reparam_diffusion.jobs import presets
-from reparam_diffusion.models.known import known_models
 from reparam_diffusion.training.cards import cards
 from ui import starting
 from ui.form import Form
+from ui.models import by_path, draw_models
 
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "Training": ("training", ()),
@@ -110,14 +110,7 @@ def _card_control() -> gr.Dropdown:
 
 def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
     field = type(start.model).model_fields["path"]
-    return gr.Dropdown(
-        [(known.title, known.path) for known in known_models(workspace)],
-        value=start.model.path,
-        label="Base model",
-        info=field.description or "",
-        allow_custom_value=True,
-        min_width=220,
-    )
+    return draw_models(workspace, by_path, start.model.path, info=field.description or "", min_width=220)
 
 
 def saved(workspace: Path, settings: Mapping[str, Any], title: str) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from ui import blend_acts as acts
 from ui.door import QUIET, guarded
 from ui.form import Form
 from ui.fragments import link_to, serve
-from ui.generate_form import adapter_choices, model_choices
+from ui.generate_form import adapter_choices
+from ui.models import by_name, draw_models
 
 Updates = dict[Any, Any]
 """What a handler changes, by control. Any: gradio's components and updates."""
@@ -157,9 +158,7 @@ def _draw_result(workspace: Path, fields: dict[str, gr.components.Component], gr
         fields["name"] = gr.Textbox(label="Name of the result", placeholder="from its adapters", max_lines=1)
     with gr.Accordion("More", open=False):
         with gr.Column() as groups["model"]:
-            fields["model"] = gr.Dropdown(
-                model_choices(workspace), value="starter", label="Base model", allow_custom_value=True
-            )
+            fields["model"] = draw_models(workspace, by_name, "starter")
         with gr.Column() as groups["precision"]:
             fields["precision"] = gr.Dropdown(["fp16", "bf16", "fp32"], value="fp16", label="Number format of the file")
         with gr.Column() as groups["picture"]:

@@ -41,7 +41,7 @@ Part = tuple[str, Sign, Callable[[], tuple[Updates, bool]]]
 @dataclass(frozen=True)
 class GalleryTab:
     """The controls of the tab. `selected` is the chosen adapter's stem, or its key in the bin; `limit` how many cards
-    are shown at most; `shown` signs of what the browser has; `noted` the notes as it was given them, and whose they are.
+    are shown at most; `shown` signs of what the browser has; `noted` whose notes it was given, and which.
     """
 
     search: gr.Textbox

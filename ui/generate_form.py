@@ -14,9 +14,9 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import notes, shelf
 from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
 from reparam_diffusion.models.glance import Glance, glance_at
-from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.schedulers import SCHEDULERS
 from ui.generate_start import StartControls, read_start, show_start
+from ui.models import by_name, draw_models
 
 MOST_ADAPTERS = 8
 MOST_OFFERED = 500  # adapters in a list of choices; each of them is sent to each page twenty times
@@ -134,9 +134,7 @@ def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
     names = [("The model's own", ""), *((name, name) for name in SCHEDULERS)]
     about = "Or the path of a folder or a .safetensors file, or a hub id."
     controls: dict[str, gr.components.Component] = {
-        "model": gr.Dropdown(
-            model_choices(workspace), value="starter", label="Base model", info=about, allow_custom_value=True
-        ),
+        "model": draw_models(workspace, by_name, "starter", info=about),
         "negative": gr.Textbox(seen.habits.negative, label="Negative prompt", info="What should not be there."),
     }
     with gr.Row(elem_classes="twos"):
@@ -175,14 +173,9 @@ def _choices(workspace: Path, sign: int) -> tuple[tuple[str, str], ...]:
     return ("None", ""), *((one.name, one.stem) for one in shelf.list_adapters(workspace, most=MOST_OFFERED))
 
 
-def model_choices(workspace: Path) -> list[tuple[str, str]]:
-    """The starter and the workspace's own models, by the names that the studio and pictures know them by."""
-    return [(one.title, one.path if one.path == "starter" else one.title) for one in known_models(workspace)]
-
-
 def is_model_known(model: str, workspace: Path) -> bool:
     """Whether a base model can be tried: it is offered here, or it says where it is, as hub ids and paths do."""
-    return "/" in model or "\\" in model or model in {value for _, value in model_choices(workspace)}
+    return "/" in model or "\\" in model or model in {value for _, value in by_name(workspace)}
 
 
 def is_vae_known(vae: str, workspace: Path) -> bool:

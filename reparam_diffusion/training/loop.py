@@ -84,9 +84,7 @@ def train(
     start = keep_start(config, folder, is_main=processes.is_main)
     sites = plan_run(model, config, start=start)
     word = new_word(model, config, start=start)
-    yield from _notes(model, config, sites, word)
-    if objective.gamma != training.min_snr_gamma:
-        yield Warned("Min-SNR is off: with zero terminal SNR it would give the last step no weight.")
+    yield from _notes(model, config, sites, word, objective)
     with spoken(model, [] if word is None else [word]):
         material = yield from _prepared(model, config, folder, processes, stop=stop, saved=saved)
     if material is None:
@@ -303,12 +301,16 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
     return saved
 
 
-def _notes(model: Model, config: TrainConfig, sites: list[SitePlan], word: Word | None) -> Iterator[Event]:
+def _notes(
+    model: Model, config: TrainConfig, sites: list[SitePlan], word: Word | None, objective: Objective
+) -> Iterator[Event]:
     """What had to be settled, for some layers each kind once."""
     for told in [*notes_on(config), *settled(model, config)]:
         yield Warned(told)
     if word is not None and word.count != (asked := config.embedding.vectors):
         yield Warned(f"The trigger word has {word.count} vectors, as in the adapter it starts from, not {asked}.")
+    if objective.gamma != config.training.min_snr_gamma:
+        yield Warned("Min-SNR is off: with zero terminal SNR it would give the last step no weight.")
     notes = Counter(note for site in sites if (note := getattr(site.plan, "note", "")))
     for note, count in notes.items():
         yield Warned(f"In {count} of {len(sites)} layers: {note}.")
