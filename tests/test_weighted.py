@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 
 import pytest
@@ -128,3 +129,19 @@ def test_the_starter_reads_weights_too() -> None:
         usual = encode(model, ["a 3d icon of a red apple", ""]).hidden
     changed = (ours - usual).abs().amax(-1) > 1e-6
     assert changed[0].sum() == 1 and not changed[1].any()
+
+
+@pytest.mark.parametrize("words", ["[cat:dog:0.5]", "[dog:.3]", "[cat::10]", "[red|blue] toy"])
+def test_words_that_would_change_while_drawing_are_told(model: Model, words: str) -> None:
+    (note,) = notes_on(model, f"a {words} here", "[bad] things")
+    assert words.partition("]")[0] in note and "does not change" in note
+    (note,) = notes_on(model, "a [toy]", words)
+    assert "in the negative prompt" in note
+
+
+def test_plain_brackets_are_no_such_words_and_long_texts_are_looked_through_quickly(model: Model) -> None:
+    assert notes_on(model, r"[dull] (red:1.3) a | b [one: two] \[a|b\]", "") == []
+    begun = time.monotonic()
+    for text in ("[" + "a|" * 9000, "[a:" + "1" * 18_000, "[" * 9000 + ":1" * 4000):
+        weighted._CHANGING.search(text)
+    assert time.monotonic() - begun < 2

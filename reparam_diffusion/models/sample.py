@@ -125,7 +125,7 @@ def _own_size(model: Model, image: Image | None) -> tuple[int, int]:
 def _sparing(
     pipe: Any, latents: Callable[[Sequence[int]], Tensor], seeds: Sequence[int], *, room: int
 ) -> Iterator[Tensor]:
-    """The latents of `room` seeds at a time; once the memory has run out, of one, with attention in slices.
+    """The latents of `room` seeds at a time; of half as many when the memory runs out, at last of one in slices.
 
     Any: diffusers' pipeline. Slices are slower, and change nothing but the rounding.
     """
@@ -140,8 +140,10 @@ def _sparing(
                     raise
                 out = None  # outside the handler nothing holds what was being computed
             if out is None:
-                is_sliced, room = True, 1
-                pipe.enable_attention_slicing()
+                room = len(chunk) // 2
+                if not room:
+                    is_sliced, room = True, 1
+                    pipe.enable_attention_slicing()
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()
                 continue

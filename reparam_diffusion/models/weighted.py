@@ -32,6 +32,8 @@ _MARK = re.compile(r"\\[()\[\]\\]|[()\[\]]|[^\\()\[\]]+|\\")
 _INSIDE = re.compile(r"(.*):\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
 _BEHIND = re.compile(r"(\d+\.?\d*|\.\d+|\++|-+)(?=[\s,.;:!?)\]]|$)")
 _SIGNED = re.compile(r"(?<![^\s,;:+])([^\s,;:+]*[^\W\d_])(\++|--+)(?=[\s,.;:!?)\]]|$)")
+_CHANGING = re.compile(r"(?<!\\)\[(?:[^\[\]|]*\|[^\[\]]*|[^\[\]]*:\s*(?:\d+(?:\.\d*)?|\.\d+)\s*)\]")
+"""A1111's [from:to:when], [to:when], [from::when] and [one|other]."""
 _BREAK = re.compile(r"\bBREAK\b")
 
 
@@ -131,10 +133,12 @@ def has_compel() -> bool:
 
 def notes_on(model: Model, prompt: str, negative: str | None = None) -> list[str]:
     """What of a prompt and its negative has no effect here, in a sentence each."""
-    if has_compel():
-        return []
     notes = []
     for name, text in (("prompt", prompt), ("negative prompt", negative or "")):
+        if change := _CHANGING.search(text):
+            notes.append(f"{change.group()} in the {name} does not change while drawing: it is read as letters are.")
+        if has_compel():
+            continue
         if is_weighted(text):
             notes.append(f"The weights in the {name} have no effect. {MISSING}.")
         if is_too_long(model, plain(text)):
