@@ -15,6 +15,7 @@ from torch import nn
 from reparam_diffusion.config import TrainingSettings, parse_set, settle
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Step, Warned
+from reparam_diffusion.training.estimate import cost_of
 from reparam_diffusion.training.estimate_memory import _state_bytes
 from reparam_diffusion.training.loop import train
 from reparam_diffusion.training.optim import EXTRA, TORCHS, learning_rates, make_optimizer
@@ -126,6 +127,12 @@ def notes(base: list[str], tmp_path: Path, *settings: str) -> list[str]:
     with pytest.raises(UserError, match="No pictures"):
         told.extend(event.message for event in train(config, folder=tmp_path) if isinstance(event, Warned))
     return told
+
+
+def test_the_estimate_before_start_tells_what_the_run_would(base: list[str], tmp_path: Path) -> None:
+    settings = ["training.optimizer=prodigy", "training.text_learning_rate=0.5"]
+    cost = cost_of(settle(parse_set([*base, *settings])), pictures=4, workspace=tmp_path, threads=1)
+    assert list(cost.notes)[-2:] == notes(base, tmp_path / "a", *settings)
 
 
 def test_settings_that_make_no_sense_together_are_told(base: list[str], tmp_path: Path) -> None:
