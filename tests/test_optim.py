@@ -132,7 +132,7 @@ def notes(base: list[str], tmp_path: Path, *settings: str) -> list[str]:
 def test_the_estimate_before_start_tells_what_the_run_would(base: list[str], tmp_path: Path) -> None:
     settings = ["training.optimizer=prodigy", "training.text_learning_rate=0.5"]
     cost = cost_of(settle(parse_set([*base, *settings])), pictures=4, workspace=tmp_path, threads=1)
-    assert list(cost.notes)[-2:] == notes(base, tmp_path / "a", *settings)
+    assert set(cost.notes) >= set(told := notes(base, tmp_path / "a", *settings)) and len(told) == 2
 
 
 def test_settings_that_make_no_sense_together_are_told(base: list[str], tmp_path: Path) -> None:
