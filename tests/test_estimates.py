@@ -24,15 +24,17 @@ from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.jobs import estimates, locks, runs
 from reparam_diffusion.jobs.worker import device_of
 from reparam_diffusion.models.load import load_model
-from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.outline import outline, shape_of
+from reparam_diffusion.models.precision import vae_dtype
 from reparam_diffusion.targets import build_adapters, count_parameters, file_bytes
-from reparam_diffusion.training.estimate import Cost, Part, work_of
-from reparam_diffusion.training.estimate_memory import Ledger, count_memory
+from reparam_diffusion.training.estimate import Cost, Part, cost_of, memory_piece, work_of
+from reparam_diffusion.training.estimate_memory import Ledger, count_memory, largest
 from reparam_diffusion.training.estimate_pace import Book, Piece, scaled, seconds_of
 from reparam_diffusion.training.estimate_probe import Interrupted, probe
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.loop import train
 from reparam_diffusion.training.prepare import class_pictures_left
+from reparam_diffusion.training.ready import outline_for
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +124,48 @@ def test_memory_follows_its_laws(tiny: Path, pictures: Path) -> None:
     assert peak("training.batch=16") > plain
     assert peak("prior.weight=1.0") == pytest.approx(peak("training.batch=16"), rel=0.05)
     assert peak(device="cpu") > plain, "a processor's libraries come on top"
+
+
+def test_memory_has_the_moving_average_and_the_largest_bucket_in_it(tiny: Path, pictures: Path) -> None:
+    base = outline(tiny)
+
+    def training(*assignments: str) -> int:
+        return count_memory(base, config_for(tiny, pictures, *assignments), "cpu").training
+
+    averaged = 4 * count_parameters(plan_run(base, config_for(tiny, pictures)))
+    assert training("training.ema=0.9") - training() == pytest.approx(averaged, rel=0.01)
+    settings = ["data.resolution=160", "training.batch=8"]
+    width, height = largest(base, config_for(tiny, pictures, *settings))
+    assert width * height > 160 * 160
+    assert largest(base, config_for(tiny, pictures, *settings, "data.buckets=false")) == (160, 160)
+    assert training(*settings) > training(*settings, "data.buckets=false")
+
+
+def test_memory_knows_the_vae_that_is_chosen(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    other = load_model(tiny, device="cpu").vae
+    other.register_to_config(force_upcast=False)
+    other.save_pretrained(tmp_path / "other")
+    cpu, config = torch.device("cpu"), config_for(tiny, pictures)
+    chosen = config_for(tiny, pictures, f"model.vae='{tmp_path / 'other'}'")
+    outlines = [outline_for(one, cpu).vae for one in (config, chosen)]
+    assert [vae_dtype(vae.config, torch.device("cuda")) for vae in outlines] == [torch.float32, torch.float16]
+    assert outlines[1].encoder.conv_in.weight.is_meta
+    single = config_for(tiny, pictures, "model.vae='one.safetensors'")
+    assert outline_for(single, cpu).vae is outline_for(config, cpu).vae
+
+
+@pytest.mark.parametrize(("device", "words"), [("cpu", "memory for 2 processes"), ("cuda", "GPU memory on each card")])
+def test_memory_of_several_processes_is_told_for_what_they_share(device: str, words: str) -> None:
+    cost = Cost(3, 1000, 2000, (), 0, 5 * 10**9, device, (), processes=2)
+    assert f"It needs about 5.0 GB of {words}" in " ".join(cost.sentences())
+
+
+def test_processes_on_a_processor_share_its_memory(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    one, two = config_for(tiny, pictures), config_for(tiny, pictures, "launch.processes=2")
+    cpu = torch.device("cpu")
+    Book().write({memory_piece(shape_of(str(tiny)), one, cpu): 10**9})
+    costs = [cost_of(config, pictures=9, workspace=tmp_path, threads=1) for config in (one, two)]
+    assert [cost.peak_bytes for cost in costs] == [10**9, 2 * 10**9]
 
 
 @pytest.mark.parametrize("method", METHODS)

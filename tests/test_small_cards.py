@@ -24,12 +24,14 @@ from reparam_diffusion.models.ledger import bytes_of
 from reparam_diffusion.models.load import Model, is_short, load_model
 from reparam_diffusion.models.precision import vae_dtype
 from reparam_diffusion.models.resting import Offload
+from reparam_diffusion.models.room import KEPT_FREE
 from reparam_diffusion.models.sample import draw
-from reparam_diffusion.models.tiles import tile_side, tiled, work_of
+from reparam_diffusion.models.tiles import taken, tile_side, tiled, work_of
 from reparam_diffusion.targets import build_adapters, plan_sites
 from reparam_diffusion.training.batch import text_is_live
+from reparam_diffusion.training.encoding import encoding_tile, spared
 from reparam_diffusion.training.loop import train
-from reparam_diffusion.training.prepare import encoding_tile, prepare
+from reparam_diffusion.training.prepare import Material, prepare
 from reparam_diffusion.training.ready import load_base
 
 CPU = torch.device("cpu")
@@ -313,9 +315,59 @@ def test_pictures_are_encoded_in_tiles_only_where_memory_is_short_and_the_cache_
         return list(prepare(starter, config, tmp_path / "w" / "runs" / name, text_is_live=False))
 
     prepared("whole")
-    monkeypatch.setattr("reparam_diffusion.training.prepare.memory_of", lambda device: 0)
+    monkeypatch.setattr("reparam_diffusion.training.encoding.memory_of", lambda device: 0)
     assert any("tiles of 256 pixels" in event.message for event in prepared("tiled") if isinstance(event, Warned))
     assert len(list((tmp_path / "w" / ".cache" / "latents").glob("*.safetensors"))) == 2
+
+
+def hungry_above(model: Model, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    """Let the VAE run out of memory for pictures or tiles of more than `most` pixels a side."""
+    plain = model.vae.encoder.forward
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        if max(pixels.shape[-2:]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(pixels)
+
+    monkeypatch.setattr(model.vae.encoder, "forward", forward)
+
+
+def test_encoding_goes_on_in_smaller_tiles_when_the_memory_runs_out(
+    starter: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = save_pictures(tmp_path / "pictures", count=1, size=(512, 512))
+    config = config_for("starter", pictures, "data.resolution=512")
+
+    def prepared(name: str, *, tile: int | None = None) -> tuple[list[str], Material]:
+        steps = prepare(starter, config, tmp_path / name / "runs" / "one", text_is_live=False, tile=tile)
+        told = []
+        while True:
+            try:
+                event = next(steps)
+            except StopIteration as end:
+                return told, end.value
+            if isinstance(event, Warned) and "tiles" in event.message:
+                told.append(event.message)
+
+    tiles, material = prepared("asked", tile=256)
+    (item,) = material.dataset.train
+    assert tiles == [] and material.latents.tile == 256
+    hungry_above(starter, monkeypatch, 256)
+    tiles, hungry = prepared("hungry")
+    assert [word for told in tiles for word in told.split() if word.isdecimal()] == ["384", "256"]
+    assert torch.equal(hungry.latents.get(item, False)[0], material.latents.get(item, False)[0])
+    hungry_above(starter, monkeypatch, 128)
+    with pytest.raises(UserError, match="not enough to encode the pictures") as told:
+        prepared("starved")
+    assert told.value.place == "data.resolution"
+
+
+def test_a_tenth_of_the_room_is_left_to_others_when_tiles_are_chosen(starter: Model) -> None:
+    whole = taken(starter.vae, "encode", 512, 512, device="cpu")
+    beside = KEPT_FREE + sum(bytes_of(part) for part in (*starter.parts.values(), starter.vae))
+    assert spared(1000) == 900
+    assert encoding_tile(starter, [(512, 512)], memory=beside + int(whole / 0.89)) == 0
+    assert encoding_tile(starter, [(512, 512)], memory=beside + int(whole / 0.91)) > 0, "it would just have fitted"
 
 
 def test_a_vae_is_in_half_precision_only_where_it_is_made_for_it() -> None:

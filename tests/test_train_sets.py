@@ -31,11 +31,11 @@ from reparam_diffusion.models.encode import Encoded, encode
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.outline import outline
 from reparam_diffusion.training.batch import Sample, places_of, scaled, size_ids
+from reparam_diffusion.training.encoding import vae_encoder
 from reparam_diffusion.training.estimate import work_of
 from reparam_diffusion.training.loop import train
 from reparam_diffusion.training.measure import looked_at
 from reparam_diffusion.training.objective import Noised, Objective
-from reparam_diffusion.training.prepare import vae_encoder
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
 from reparam_diffusion.models.eightbit import to_8bit
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.parts import empty_parts, make_scheduler, shape_key
+from reparam_diffusion.models.parts import empty_parts, make_scheduler, read_json, shape_key
 from reparam_diffusion.models.quiet import quiet
 from reparam_diffusion.models.source import Source, find_source
 
@@ -59,6 +60,23 @@ def _outline(source: Source, shape: str, dtype: torch.dtype, base_8bit: bool) ->
         habits=source.habits,
         folder=source.folder,
     )
+
+
+def outline_vae(path: str) -> Any:
+    """A VAE's outline from the folder that is to replace a model's own; None where there is no such folder.
+
+    A single file says only what fits the model's own. Any: diffusers' class.
+    """
+    home = Path(path).expanduser()
+    places = (home / "vae" / "config.json", home / "config.json") if path else ()
+    file = next((file for file in places if file.is_file()), None)
+    if file is None:
+        return None
+    from diffusers import AutoencoderKL
+
+    with quiet(), torch.device("meta"):
+        vae = AutoencoderKL.from_config(read_json(file))
+    return vae.requires_grad_(False).eval()
 
 
 class _Blank:

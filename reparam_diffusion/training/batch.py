@@ -16,7 +16,7 @@ from reparam_diffusion.maths.chance import Draw, generator
 from reparam_diffusion.models.encode import Encoded, encode, time_ids
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.training.objective import Noised
-from reparam_diffusion.training.prepare import at_size, text_encoder, vae_encoder
+from reparam_diffusion.training.prepare import at_size, text_encoder
 from reparam_diffusion.training.setup import Setup
 
 _CLASS_INDEX = 1_000_000
@@ -86,7 +86,7 @@ def noised(setup: Setup, samples: Sequence[Sample], step: int) -> Noised:
     model, objective, seed = setup.model, setup.objective, setup.config.training.seed
     latents, noise, steps = [], [], []
     for sample in samples:
-        mean, std = setup.material.latents.get(sample.item, sample.flip, vae_encoder(model, tile=setup.material.tile))
+        mean, std = setup.material.latents.get(sample.item, sample.flip)
         eps = torch.randn(mean.shape, generator=generator(seed, step, sample.index, "latent"))
         latents.append(scaled(model, mean + std * eps))
         noise.append(objective.draw_noise(mean.shape, seed, step, sample.index))

@@ -73,6 +73,8 @@ class Cost:
     """What had to be settled for some layers, and what costs more than it might."""
     advice: str = ""
     """What to do where the memory is not enough."""
+    processes: int = 1
+    """How many there are; on a CPU the peak is what they take together, on a GPU what each card gives."""
 
     @property
     def seconds(self) -> float | None:
@@ -94,6 +96,8 @@ class Cost:
             lines.append(f"Together about {plain_seconds(self.seconds)}.")
         if self.peak_bytes is not None:
             where = "GPU memory" if self.device == "cuda" else "memory"
+            if self.processes > 1:
+                where += " on each card" if self.device == "cuda" else f" for {self.processes} processes"
             lines.append(f"It needs about {plain_bytes(self.peak_bytes)} of {where} ({COUNTED}).")
         if self.advice:
             lines.append(self.advice)
@@ -122,7 +126,7 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
 
     def peak_of(one: TrainConfig) -> int | None:
         found = known.get(memory_piece(key, one, device))
-        return None if found is None else int(found)
+        return None if found is None else int(found) * (1 if device.type == "cuda" else one.launch.processes)
 
     peak = peak_of(config)
     advice = ""
@@ -139,6 +143,7 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
         device=device.type,
         notes=tuple(notes),
         advice=advice,
+        processes=config.launch.processes,
     )
 
 
@@ -147,7 +152,7 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     training, data = config.training, config.data
     settings = [
         config.adapter.model_dump(), config.targets.model_dump(), config.model.precision, config.model.clip_skip,
-        config.model.base_8bit, config.model.block_offload,
+        config.model.base_8bit, config.model.block_offload, config.model.vae, data.buckets, training.ema > 0,
         training.batch, training.optimizer, training.gradient_checkpointing, data.resolution, data.shuffle_tags,
         training.start_from, config.embedding.vectors,
         min(config.prior.images, DRAWN_AT_ONCE) if config.prior.weight else 0,

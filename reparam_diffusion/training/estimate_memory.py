@@ -6,6 +6,7 @@ run. What libraries take beside the tensors comes on top, as measured on a CPU (
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from reparam_diffusion.adapters.base import METHODS, Adapter
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.data.buckets import Size, bucket_sizes, square
 from reparam_diffusion.inject import Injection, attach
 from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.encode import Encoded, encode
@@ -30,10 +32,11 @@ from reparam_diffusion.models.words import reading_only
 from reparam_diffusion.targets import SitePlan
 from reparam_diffusion.training.batch import teaches_text, text_is_live
 from reparam_diffusion.training.embedding import blank_word
+from reparam_diffusion.training.encoding import spared
 from reparam_diffusion.training.learner import plan_run
 from reparam_diffusion.training.measure import TIMES
 from reparam_diffusion.training.objective import Noised, Objective
-from reparam_diffusion.training.prepare import DRAWN_AT_ONCE, spared
+from reparam_diffusion.training.prepare import DRAWN_AT_ONCE
 from reparam_diffusion.training.ready import keep, recompute, recomputes
 
 STATES = {
@@ -87,12 +90,13 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
     drawn = min(config.prior.images, DRAWN_AT_ONCE, at_once(torch.device(device), model.size, model.size))
     share = 1.0 if device == "cpu" else 1 + _CUDA_SHARE
 
-    def coded(way: Way, side: int, beside: int) -> int:
-        """What a picture of that side takes in the VAE, with so much beside it."""
+    def coded(way: Way, size: Size, beside: int) -> int:
+        """What a picture of that size takes in the VAE, with so much beside it."""
+        width, height = size
         beside += resident or bytes_of(model.vae)
         room = (memory or sys.maxsize) - KEPT_FREE - beside
-        tile = tile_side(model.vae, way, side, side, room=spared(room) if way == "encode" else room, device=device)
-        return beside + taken(model.vae, way, side, side, device=device, side=tile)
+        tile = tile_side(model.vae, way, height, width, room=spared(room) if way == "encode" else room, device=device)
+        return beside + taken(model.vae, way, height, width, device=device, side=tile)
 
     def worked(work: Callable[[], object], beside: int, *used: nn.Module) -> tuple[int, Ledger]:
         """What a piece of work takes with these parts on the device, with so much beside them."""
@@ -101,10 +105,10 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
         return int((resident + beside + ledger.peak) * share), ledger
 
     learning: list[Adapter] = []
-    resolution = config.data.resolution or model.size
+    size, own = largest(model, config), (model.size, model.size)
     with torch.no_grad():
         encoding = worked(lambda: encode(model, [""]), 0, *model.text_encoders)[0]
-        encoding = max(encoding, coded("encode", resolution, 0))
+        encoding = max(encoding, coded("encode", size, 0))
         drawing = worked(lambda: _denoise(model, drawn), 0, model.unet)[0] if config.prior.weight else 0
     sites, word = plan_run(model, config), blank_word(model, config)
     vectors = [] if word is None else list(word.vectors.values())
@@ -115,11 +119,13 @@ def _count(model: Model, config: TrainConfig, device: str, memory: int | None) -
     ):
         learning = list(injection.adapters.values())
         learned = sum(bytes_of(adapter) for adapter in learning) + sum(v.nbytes for v in vectors)
-        learned += sum(_state_bytes(config.training.optimizer, p.numel()) for p in (*injection.parameters(), *vectors))
+        trained = [p.numel() for p in (*injection.parameters(), *vectors)]
+        learned += sum(_state_bytes(config.training.optimizer, count) for count in trained)
+        learned += 4 * sum(trained) if config.training.ema else 0  # the moving average
         with torch.no_grad():
-            drawing = max(drawing, coded("decode", model.size, learned))
+            drawing = max(drawing, coded("decode", own, learned))
             drawing = max(drawing, worked(lambda: _look(model, config), learned, model.unet)[0])
-            if resolution < model.size:  # else a preview's two passes are less than the four of a look
+            if math.prod(size) < math.prod(own):  # else a preview's two passes are less than the four of a look
                 drawing = max(drawing, worked(lambda: _denoise(model, 1), learned, model.unet)[0])
         used = (model.unet, *(model.text_encoders if text_is_live(config) else []))
         training, ledger = worked(lambda: _step(model, config, injection), learned, *used)
@@ -168,9 +174,17 @@ def _blank_adapters(model: Model, sites: Sequence[SitePlan]) -> dict[str, Adapte
     return built
 
 
-def _latents(model: Model, pixels: int, count: int) -> Tensor:
-    side = pixels // model.pixels_per_latent
-    return torch.empty(count, model.unet.config.in_channels, side, side, device="meta")
+def largest(model: Model, config: TrainConfig) -> Size:
+    """Width and height of the largest pictures that the run may train on: buckets differ by a few percent in area."""
+    resolution = config.data.resolution or model.size
+    if not config.data.buckets:
+        return square(resolution, model.size_step)
+    return max(bucket_sizes(resolution, model.size_step), key=math.prod)
+
+
+def _latents(model: Model, size: Size, count: int) -> Tensor:
+    width, height = (side // model.pixels_per_latent for side in size)
+    return torch.empty(count, model.unet.config.in_channels, height, width, device="meta")
 
 
 def _text(model: Model, count: int) -> Encoded:
@@ -184,13 +198,13 @@ def _text(model: Model, count: int) -> Encoded:
 
 def _denoise(model: Model, count: int) -> None:
     """One sampling step of pictures at once: the UNet sees each with and without the prompt."""
-    _predict(model, _latents(model, model.size, 2 * count), _text(model, 2 * count))
+    _predict(model, _latents(model, (model.size, model.size), 2 * count), _text(model, 2 * count))
 
 
 def _look(model: Model, config: TrainConfig) -> None:
     """The fixed-noise loss of one picture."""
     count = len(TIMES)
-    _predict(model, _latents(model, config.data.resolution or model.size, count), _text(model, count))
+    _predict(model, _latents(model, largest(model, config), count), _text(model, count))
 
 
 def _predict(model: Model, latents: Tensor, text: Encoded) -> Tensor:
@@ -213,7 +227,7 @@ def _step(model: Model, config: TrainConfig, injection: Injection) -> None:
     training = config.training
     count = training.batch * (2 if config.prior.weight else 1)
     objective = Objective(model, min_snr_gamma=training.min_snr_gamma, noise_offset=0.0)
-    latents = _latents(model, config.data.resolution or model.size, count)
+    latents = _latents(model, largest(model, config), count)
     batch = Noised(latents, torch.empty_like(latents), torch.empty(count, dtype=torch.long, device="meta"))
     text = _text(model, count)
     if text_is_live(config):

@@ -213,6 +213,7 @@ class _Look:
             "threads": torch.get_num_threads(),
             "torch": str(torch.__version__),
             "processes": self.learner.processes.ranks,
+            "tile": self.setup.material.latents.tile,
             **self.learner.state(),
         }
 
@@ -260,9 +261,13 @@ def _prepared(
     The first process draws and encodes, the others wait and find it done.
     """
     done = 0 if saved is None else saved["step"]
-    if not processes.is_main and processes.wait_for_main() != READY:
-        return None
-    preparing = prepare(model, config, folder, text_is_live=text_is_live(config))
+    tile = None if saved is None else saved.get("tile")
+    if not processes.is_main:
+        said, _, theirs = processes.wait_for_main().partition(" ")
+        if said != READY:
+            return None
+        tile = int(theirs)
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile)
     while True:
         try:
             yield next(preparing)
@@ -278,7 +283,7 @@ def _prepared(
             return None
         processes.agree("")
     if processes.is_main:
-        processes.agree(READY)
+        processes.agree(f"{READY} {material.latents.tile}")
     check_captions(config, [item.caption for item in material.dataset.train])
     give_back()
     return material

@@ -14,7 +14,6 @@ from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.models.sample import draw
 from reparam_diffusion.training.batch import Sample, places_of, scaled, size_ids, texts_of
 from reparam_diffusion.training.objective import Noised
-from reparam_diffusion.training.prepare import vae_encoder
 from reparam_diffusion.training.setup import Setup
 
 TIMES = (0.1, 0.35, 0.6, 0.85)
@@ -50,7 +49,7 @@ def looked_at(items: Sequence[Item]) -> list[Item]:
 
 def _item_loss(setup: Setup, item: Item, number: int) -> float:
     model, objective, material = setup.model, setup.objective, setup.material
-    mean, _ = material.latents.get(item, False, vae_encoder(model, tile=material.tile))
+    mean, _ = material.latents.get(item, False)
     noise = [
         torch.randn(mean.shape, generator=generator(setup.config.training.seed, "validate", number, n))
         for n in range(len(TIMES))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from reparam_diffusion.config import TrainConfig
-from reparam_diffusion.data.cache import LatentCache, TextCache
+from reparam_diffusion.data.cache import TextCache
 from reparam_diffusion.data.captions import caption_for, fill
 from reparam_diffusion.data.check import look_over, some_of
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, Part, build_dataset
@@ -26,11 +26,9 @@ from reparam_diffusion.events import Event, Prepared, Warned
 from reparam_diffusion.files import beside, write_whole
 from reparam_diffusion.models.encode import encode, is_too_long
 from reparam_diffusion.models.habits import unseen_backgrounds
-from reparam_diffusion.models.ledger import bytes_of
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.room import KEPT_FREE, memory_of
 from reparam_diffusion.models.sample import draw
-from reparam_diffusion.models.tiles import tile_side, tiled
+from reparam_diffusion.training.encoding import Latents, encoding_tile, fingerprint
 
 DRAWN_AT_ONCE = 8
 
@@ -40,17 +38,20 @@ class Material:
     """What the loop draws from."""
 
     dataset: Dataset
-    latents: LatentCache
+    latents: Latents
     texts: TextCache
     class_items: tuple[Item, ...] = ()
     masks: Mapping[Item, Tensor] = field(default_factory=dict)
     """How much the loss counts at each latent (height, width) of an item, unmirrored; all of it where there is none."""
-    tile: int = 0
-    """Side of the tiles that pictures are encoded in, in pixels; 0: whole."""
 
 
-def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool) -> Generator[Event, None, Material]:
-    """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`)."""
+def prepare(
+    model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool, tile: int | None = None
+) -> Generator[Event, None, Material]:
+    """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`).
+
+    `tile` is the one that pictures of this run have been encoded in; None leaves it to the memory.
+    """
     data = config.data
     if not data.images:
         raise UserError("No pictures were given.", do="Set data.images to a folder of pictures.", place="data.images")
@@ -84,22 +85,22 @@ def prepare(model: Model, config: TrainConfig, folder: Path, *, text_is_live: bo
     if config.prior.weight:
         class_items = yield from _class_pictures(model, config, cache / "class")
     encoders = "".join(fingerprint(encoder) for encoder in model.text_encoders) + str(model.dtype)
-    tile = encoding_tile(model, [item.size for item in (*dataset.train, *dataset.held_out)])
-    if tile:
-        yield Warned(f"Pictures are encoded in tiles of {tile} pixels: the memory is not enough for whole ones.")
+    if tile is None:
+        tile = encoding_tile(model, [item.size for item in (*dataset.train, *dataset.held_out)])
+        if tile:
+            yield Warned(f"Pictures are encoded in tiles of {tile} pixels: the memory is not enough for whole ones.")
     material = Material(
         dataset,
-        LatentCache(cache / "latents", fingerprint(model.vae) + (f" in tiles of {tile}" if tile else "")),
+        Latents(model, cache / "latents", tile=tile),
         TextCache(cache / "texts", encoders, clip_skip=config.model.clip_skip),
         class_items,
         masks,
-        tile,
     )
     if len(dataset.held_out) < data.held_out:
         yield Warned(f"{len(dataset.held_out)} pictures are held out, not {data.held_out}: at most a quarter of them.")
     yield from _encode_pictures(model, material)
-    if material.latents.store.trouble:
-        yield Warned(material.latents.store.trouble)
+    if material.latents.trouble:
+        yield Warned(material.latents.trouble)
     if not text_is_live:
         yield from _encode_texts(model, material, config.model.clip_skip)
     return material
@@ -141,23 +142,6 @@ def told_sets(config: TrainConfig, material: Material) -> list[str]:
     return told if len(sources) > 1 else []
 
 
-def spared(room: int) -> int:
-    """What of a device's room in bytes encoding reckons with: a tenth is left, since nobody asks what is free then."""
-    return room * 9 // 10
-
-
-def encoding_tile(model: Model, sizes: Sequence[tuple[int, int]], *, memory: int | None = None) -> int:
-    """The side of the tiles that training pictures of these sizes are encoded in, in pixels; 0: whole.
-
-    It follows from the device's whole memory (or `memory`, in bytes): a run's pictures are always encoded alike.
-    """
-    memory = memory_of(model.device) if memory is None else memory
-    here = (model.vae,) if model.is_staged else (*model.parts.values(), model.vae)
-    room = spared(memory - KEPT_FREE - sum(bytes_of(part) for part in here))
-    width, height = max(sizes, key=lambda size: size[0] * size[1])
-    return tile_side(model.vae, "encode", height, width, room=room, device=model.device.type)
-
-
 def captions_of(model: Model, source: Source, pictures: Sequence[Picture]) -> list[str]:
     """Each picture's own caption, else the set's template with its trigger and class word."""
     habits = model.habits
@@ -189,15 +173,6 @@ def preview_prompts(model: Model, config: TrainConfig, captions: Sequence[str], 
 def cache_folder(folder: Path) -> Path:
     """The workspace's cache for a run inside one, else the run's own."""
     return (folder.parent.parent if folder.parent.name == "runs" else folder) / ".cache"
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    """A short hash of a module's weights, for cache keys: names, shapes and a sample of every tensor's values."""
-    digest = hashlib.sha256()
-    for name, tensor in module.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.flatten()[:: max(1, tensor.numel() // 64)].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def fix_pictures(folder: Path, found: Sequence[Found]) -> None:
@@ -290,28 +265,25 @@ def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
     sizes = {item.size for item in material.dataset.train}
     work = [(item, False) for item in items] + [(item, True) for item in items if item.flipped_ok]
     work += [(at_size(item, size), False) for item in material.class_items for size in sizes]
+    latents, done = material.latents, 0
     with model.using(model.vae):
-        for done, (item, flip) in enumerate(work):
+        while done < len(work):
             if done % 8 == 0:
                 yield Prepared("latents", done, len(work))
-            material.latents.get(item, flip, vae_encoder(model, tile=material.tile))
+            try:
+                latents.get(*work[done])
+                done += 1
+                continue
+            except torch.OutOfMemoryError:
+                pass  # outside the handler nothing holds what was being computed
+            tile, done = latents.shrink([item.size for item, _ in work]), 0  # all of them in the same tiles
+            yield Warned(f"The memory ran out: pictures are encoded in tiles of {tile} pixels now.")
     yield Prepared("latents", len(work), len(work))
 
 
 def at_size(item: Item, size: tuple[int, int]) -> Item:
     """The same picture trained at another size, so that class pictures share a batch with any bucket."""
     return Item(item.picture, item.caption, size, item.flipped_ok)
-
-
-def vae_encoder(model: Model, *, tile: int) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """pixels (1, 3, height, width) in −1 to 1 -> the posterior's mean and std (1, channels, height/8, width/8)."""
-
-    def encode_pixels(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad(), model.using(model.vae), tiled(model.vae, tile):
-            posterior = model.vae.encode(pixels.to(model.device, model.vae.dtype)).latent_dist
-        return posterior.mean.float().cpu(), posterior.std.float().cpu()
-
-    return encode_pixels
 
 
 def _encode_texts(model: Model, material: Material, clip_skip: int) -> Iterator[Event]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.models.eightbit import Linear8bit
 from reparam_diffusion.models.load import Model, load_model
-from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.outline import outline, outline_vae
 from reparam_diffusion.models.precision import DTYPES, faster_on_cpu, name_of, pick_device, pick_precision
 from reparam_diffusion.training.batch import teaches_text, text_is_live
 from reparam_diffusion.training.processes import Processes, join_processes
@@ -39,7 +40,9 @@ def load_base(config: TrainConfig, *, precision: str) -> tuple[Model, Processes]
 def outline_for(config: TrainConfig, device: torch.device) -> Model:
     """The run's base model without its numbers, in the format that `load_base` would load it in."""
     dtype = dtype_of(config.model.path, config.model.precision, device)
-    return outline(config.model.path, dtype=dtype, base_8bit=config.model.base_8bit)
+    model = outline(config.model.path, dtype=dtype, base_8bit=config.model.base_8bit)
+    vae = outline_vae(config.model.vae)
+    return model if vae is None else replace(model, vae=vae)
 
 
 def at_work(model: Model, config: TrainConfig) -> AbstractContextManager[None]:
