@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +34,7 @@ __all__ = [
     "clear_requests",
     "create_run",
     "has_worker",
+    "is_starting",
     "list_runs",
     "log_file",
     "queue_file",
@@ -47,6 +50,7 @@ __all__ = [
 
 Request = Literal["stop", "pause", "sample"]
 REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
+PATIENCE = 60.0  # seconds that a process of another machine is given until it must hold its lock
 
 
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
@@ -222,7 +226,7 @@ class Follower:
         self._read()
         last = self._fold.last
         note = read_note(self.folder)
-        held = held or (_is_starting(last) if note is None else note.is_live)
+        held = held or (is_starting(last) if note is None else note.is_live)
         state = self._fold.state(is_held=held, ended=note.ended if note else "")
         if state.state == "lost" and is_held(run_lock(self.folder)):
             state = self._fold.state(is_held=True)  # a worker took it between the two looks
@@ -247,7 +251,7 @@ class Follower:
 def has_worker(folder: Path) -> bool:
     """Whether a process works on the run, or was launched for it and is on its way to the lock, or Ray has it."""
     note = read_note(folder)
-    return is_held(run_lock(folder)) or (_is_starting(_last_event(folder)) if note is None else note.is_live)
+    return is_held(run_lock(folder)) or (is_starting(_last_event(folder)) if note is None else note.is_live)
 
 
 def _last_event(folder: Path) -> Event | None:
@@ -261,9 +265,16 @@ def _last_event(folder: Path) -> Event | None:
         return None
 
 
-def _is_starting(last: Event | None) -> bool:
-    """Whether a process was launched that lives but has not got as far as the lock."""
-    return isinstance(last, Launched) and last.pid > 0 and _is_alive(last.pid, started=last.time)
+def is_starting(last: Event | None) -> bool:
+    """Whether a process was launched that lives but has not got as far as the lock.
+
+    A process of another machine is never looked up here, where its number is somebody else's: only its lock tells.
+    """
+    if not isinstance(last, Launched) or last.pid <= 0:
+        return False
+    if last.host != socket.gethostname():
+        return time.time() - last.time < PATIENCE
+    return _is_alive(last.pid, started=last.time)
 
 
 def _is_alive(pid: int, *, started: float) -> bool:
