@@ -139,6 +139,13 @@ class Failed(Event):
 
 
 @dataclass(frozen=True)
+class Lost(Event):
+    """The run ended without a word of its own; who started it knows why."""
+
+    why: str
+
+
+@dataclass(frozen=True)
 class Finished(Event):
     """All steps are done and the adapter is written."""
 
