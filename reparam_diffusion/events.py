@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from dataclasses import asdict, dataclass, field, fields
 
@@ -26,6 +27,8 @@ class Launched(Event):
     folder: str
     job: str = ""
     """Ray's name for it, where Ray runs it."""
+    host: str = field(default_factory=socket.gethostname)
+    """The machine whose number `pid` is. A line without it, from an older version, reads as this machine's."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,13 @@ class Failed(Event):
     what: str
     why: str = ""
     do: str = ""
+
+
+@dataclass(frozen=True)
+class Lost(Event):
+    """The run ended without a word of its own; who started it knows why."""
+
+    why: str
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -328,6 +331,36 @@ def test_a_worker_that_dies_before_its_first_word_is_lost(workspace: Path, monke
     worker.launch(folder)
     wait_for(lambda: runs.state_of(folder).state == "lost")
     assert "no_such_module" in runs.log_file(folder).read_text()
+
+
+def test_a_process_number_is_looked_up_on_its_own_machine_only(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This test's own process stands for the one that has the same number here."""
+    here, elsewhere = new_run(workspace), new_run(workspace)
+    for folder, host in ((here, socket.gethostname()), (elsewhere, "elsewhere")):
+        with runs.EventLog(folder) as log:
+            log.append(e.Launched(os.getpid(), str(folder), host=host))
+        assert runs.has_worker(folder), "it may not have got as far as its lock"
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    assert runs.has_worker(here) and runs.state_of(here).state == "running"
+    assert not runs.has_worker(elsewhere) and runs.state_of(elsewhere).state == "lost"
+    with locks.hold_run(elsewhere):
+        assert runs.has_worker(elsewhere) and runs.state_of(elsewhere).state == "running"
+
+
+def test_what_says_that_a_run_began_names_the_machine(workspace: Path) -> None:
+    folder = new_run(workspace, steps=1)
+    list(worker.work(folder, train=fake_train))
+    assert f'"host": "{socket.gethostname()}"' in (folder / "events.jsonl").read_text().splitlines()[0]
+
+
+def test_a_line_without_a_machine_is_this_machines(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    folder = new_run(workspace)
+    line = {"event": "Launched", "time": time.time(), "pid": os.getpid(), "folder": str(folder), "job": ""}
+    (folder / "events.jsonl").write_text(json.dumps(line) + "\n")
+    assert runs.has_worker(folder) and runs.state_of(folder).state == "running"
 
 
 def test_nobody_can_ask_for_what_a_run_does_not_know(workspace: Path) -> None:

@@ -22,6 +22,7 @@ from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.apply import Easel, generate
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.events import Launched
 from reparam_diffusion.gallery import images
 from reparam_diffusion.gallery.recipe import Use
 from reparam_diffusion.jobs import locks, runs, studio, studio_worker
@@ -279,6 +280,18 @@ def test_what_a_killed_studio_had_begun_is_not_begun_again(workspace: Path) -> N
     assert studio.state_of(begun).state == "failed" and "without a word" in studio.state_of(begun).message
     assert studio.state_of(waiting).state == "finished"
     job.close()
+
+
+def test_a_studio_of_another_machine_is_known_by_its_lock_not_by_its_number(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    request = asked(workspace, recipe())
+    with runs.EventLog(request) as log:
+        log.append(Launched(os.getpid(), str(request), host="elsewhere"))
+    assert studio.state_of(request).state == "lost"
+    with locks.try_hold(studio.studio_lock(workspace)):
+        assert studio.state_of(request).state == "queued"
 
 
 def test_old_requests_are_forgotten_and_their_pictures_stay(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

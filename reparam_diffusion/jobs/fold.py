@@ -145,8 +145,8 @@ class Fold:
         else:
             self.adapter = event.path
 
-    def state(self, *, is_held: bool, ended: str = "") -> RunState:
-        """Where the run stands; `is_held`: whether a living process works on it; `ended`: how that ended, if known."""
+    def state(self, *, is_held: bool) -> RunState:
+        """Where the run stands; `is_held`: whether a living process works on it."""
         now = self._now(is_held)
         step = self.steps[-1] if self.steps else 0
         total = self.started.steps if self.started else 0
@@ -164,7 +164,7 @@ class Fold:
             validations=[self.validations[key] for key in sorted(self.validations)],
             samples=sorted(self.samples.values(), key=lambda sample: sample.step),
             warnings=list(self.warnings),
-            message=self._message(now, ended),
+            message=self._message(now),
             seconds_per_step=pace,
             seconds_left=left,
             seconds=self.seconds,
@@ -199,14 +199,15 @@ class Fold:
         places = [f"{count} processes" if count > 1 else "", f"Ray job {self.job}" if self.job else ""]
         return ", ".join(place for place in places if place)
 
-    def _message(self, now: State, ended: str) -> str:
+    def _message(self, now: State) -> str:
         if now == "failed" and isinstance(self.last, e.Failed):
             return " ".join(part for part in (self.last.what, self.last.why, self.last.do) if part)
         if now == "lost":
             place = "It had no checkpoint yet, so it begins anew."
             if self.checkpoint is not None:
                 place = f"Its last checkpoint is at step {self.checkpoint}; Resume goes on from there."
-            return f"{ended or 'The program ended without a word.'} {place}"
+            why = self.last.why if isinstance(self.last, e.Lost) else "The program ended without a word."
+            return f"{why} {place}"
         return ""
 
 

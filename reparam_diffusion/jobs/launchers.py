@@ -16,6 +16,7 @@ from reparam_diffusion.config import LaunchSettings, TrainConfig, settle, to_tom
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import runs
+from reparam_diffusion.jobs.ray_note import read_note
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.training.processes import are_many, join_processes
 
@@ -63,16 +64,21 @@ def change_processes(folder: Path, processes: int) -> None:
 def follow(folder: Path, *, offset: int) -> Iterator[e.Event]:
     """The events of a run that others work on, from a byte of events.jsonl on, until nobody does.
 
-    The first Ctrl-C asks the run to stop, the second leaves it to itself. A run without a last word ends in Failed.
+    The first Ctrl-C asks the run to stop, the second leaves it to itself. A run without a last word ends in Failed;
+    that Ray does not answer is told whenever it begins.
     """
     from reparam_diffusion.jobs.worker import heeded_signals
 
-    has_asked = False
+    has_asked, trouble = False, ""
     with heeded_signals() as signalled:
         while True:
             is_over = runs.size_of_events(folder) <= offset and not runs.state_of(folder).is_live
             new, offset = runs.read_events(folder, offset)
             yield from new
+            note, told = read_note(folder), trouble
+            trouble = note.trouble if note else ""
+            if trouble and not told:
+                yield e.Warned(trouble)
             if is_over and not new:
                 break
             if signalled() and not has_asked:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import socket
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +17,12 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
 from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.events import Event, Launched, from_json
+from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import find, make_slug
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
-from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, read_note
+from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
 from reparam_diffusion.training.check import check_settings
 
 __all__ = [
@@ -31,7 +33,9 @@ __all__ = [
     "asked",
     "clear_requests",
     "create_run",
+    "has_ended",
     "has_worker",
+    "is_starting",
     "list_runs",
     "log_file",
     "queue_file",
@@ -47,6 +51,7 @@ __all__ = [
 
 Request = Literal["stop", "pause", "sample"]
 REQUESTS: tuple[Request, ...] = ("stop", "pause", "sample")
+PATIENCE = 60.0  # seconds that a process of another machine is given until it must hold its lock
 
 
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
@@ -222,14 +227,15 @@ class Follower:
         self._read()
         last = self._fold.last
         note = read_note(self.folder)
-        held = held or (_is_starting(last) if note is None else note.is_live)
-        state = self._fold.state(is_held=held, ended=note.ended if note else "")
+        held = held or note is not None or is_starting(last)
+        state = self._fold.state(is_held=held)
         if state.state == "lost" and is_held(run_lock(self.folder)):
             state = self._fold.state(is_held=True)  # a worker took it between the two looks
-        if note is not None and note.waits and not is_held(run_lock(self.folder)):
-            return replace(state, state="queued", phase=WAITING_FOR_RAY, phase_total=0, message="")
+        if note is not None and _waits(note, last) and not is_held(run_lock(self.folder)):
+            state = replace(state, state="queued", phase=WAITING_FOR_RAY, phase_total=0, message="")
         if state.is_live:
-            return state
+            trouble = note.trouble if note else ""
+            return replace(state, warnings=[trouble, *state.warnings]) if trouble else state
         line = list(read_queue(workspace_of(self.folder)))
         if self.folder.name not in line:
             return state
@@ -244,10 +250,19 @@ class Follower:
             self._fold.feed(event)
 
 
+def _waits(note: RayNote, last: Event | None) -> bool:
+    """Whether Ray has not begun with a run. While Ray is silent the run's own words are newer than the note."""
+    return note.status == "NEW" or (note.waits and isinstance(last, Launched))
+
+
 def has_worker(folder: Path) -> bool:
     """Whether a process works on the run, or was launched for it and is on its way to the lock, or Ray has it."""
-    note = read_note(folder)
-    return is_held(run_lock(folder)) or (_is_starting(_last_event(folder)) if note is None else note.is_live)
+    return is_held(run_lock(folder)) or read_note(folder) is not None or is_starting(_last_event(folder))
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run's last word says that it has ended, and how."""
+    return isinstance(_last_event(folder), Finished | Stopped | Paused | Failed | Lost)
 
 
 def _last_event(folder: Path) -> Event | None:
@@ -261,9 +276,16 @@ def _last_event(folder: Path) -> Event | None:
         return None
 
 
-def _is_starting(last: Event | None) -> bool:
-    """Whether a process was launched that lives but has not got as far as the lock."""
-    return isinstance(last, Launched) and last.pid > 0 and _is_alive(last.pid, started=last.time)
+def is_starting(last: Event | None) -> bool:
+    """Whether a process was launched that lives but has not got as far as the lock.
+
+    A process of another machine is never looked up here, where its number is somebody else's: only its lock tells.
+    """
+    if not isinstance(last, Launched) or last.pid <= 0:
+        return False
+    if last.host != socket.gethostname():
+        return time.time() - last.time < PATIENCE
+    return _is_alive(last.pid, started=last.time)
 
 
 def _is_alive(pid: int, *, started: float) -> bool:

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import psutil  # type: ignore[import-untyped]  # it ships no types
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reparam_diffusion import events as e
@@ -227,7 +226,7 @@ def _seen(folder: Path, events: Sequence[e.Event], *, held: bool) -> RequestStat
         return state
     if is_asked(folder, "cancel") and state.state == "queued":
         return replace(state, state="cancelled")
-    if not held and not any(isinstance(event, e.Launched) and _lives(event) for event in events):
+    if not held and not any(runs.is_starting(event) for event in events):
         return replace(state, state="lost", message="The studio ended without a word. Draw again to start it anew.")
     looks = {int(file.stem): file for file in looks_of(folder).glob("*.webp") if file.stem.isdecimal()}
     return replace(state, looks={number: file for number, file in looks.items() if number not in state.pictures})
@@ -257,15 +256,6 @@ def _folded(events: Sequence[e.Event], workspace: Path) -> RequestState:
             case e.Finished():
                 values |= {"state": "finished", "seconds": event.seconds}
     return RequestState(**values, pictures=pictures, warnings=tuple(dict.fromkeys(warnings)))  # type: ignore[arg-type]  # fields by name
-
-
-def _lives(launched: e.Launched) -> bool:
-    """Whether the process that was launched is there and is not a later one with the same number."""
-    try:
-        process = psutil.Process(launched.pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= launched.time + 1
-    except psutil.Error:
-        return False
 
 
 def tidy(workspace: Path) -> None:

@@ -321,7 +321,7 @@ def main(arguments: list[str] | None = None, *, train: Train | None = None) -> i
     parser.add_argument("--job", default="", help="the Ray job that this is; another one may have taken its place")
     options = parser.parse_args(arguments)
     note = read_note(options.folder)
-    if options.job and (note is None or note.job != options.job or not note.is_live):
+    if options.job and (note is None or note.job != options.job):
         return 0  # it was stopped while it waited, or another job does the run now
     try:
         failed = False
