@@ -117,8 +117,10 @@ def connect_pictures(
         drafts.leave_out(draft or "", workspace, event.name)
         return show_draft(workspace, draft)[1:]
 
-    captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **QUIET)
-    captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown[1:], **QUIET)
+    # One after the other: leaving a caption's field for a press on × is both at once, and each shows what is left.
+    in_turn = QUIET | {"concurrency_id": "captions", "concurrency_limit": 1}
+    captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **in_turn)
+    captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown[1:], **in_turn)
 
 
 def connect_describing(workspace: Path, pictures: Pictures, captions: Captions) -> None:
