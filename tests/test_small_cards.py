@@ -320,20 +320,23 @@ def test_pictures_are_encoded_in_tiles_only_where_memory_is_short_and_the_cache_
     assert len(list((tmp_path / "w" / ".cache" / "latents").glob("*.safetensors"))) == 2
 
 
-def hungry_above(model: Model, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def hungry_above(model: Model, monkeypatch: pytest.MonkeyPatch, most: int, error: Exception) -> None:
     """Let the VAE run out of memory for pictures or tiles of more than `most` pixels a side."""
     plain = model.vae.encoder.forward
 
     def forward(pixels: torch.Tensor) -> torch.Tensor:
         if max(pixels.shape[-2:]) > most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return plain(pixels)
 
     monkeypatch.setattr(model.vae.encoder, "forward", forward)
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")]
+)
 def test_encoding_goes_on_in_smaller_tiles_when_the_memory_runs_out(
-    starter: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    starter: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     pictures = save_pictures(tmp_path / "pictures", count=1, size=(512, 512))
     config = config_for("starter", pictures, "data.resolution=512")
@@ -352,14 +355,14 @@ def test_encoding_goes_on_in_smaller_tiles_when_the_memory_runs_out(
     tiles, material = prepared("asked", tile=256)
     (item,) = material.dataset.train
     assert tiles == [] and material.latents.tile == 256
-    hungry_above(starter, monkeypatch, 256)
+    hungry_above(starter, monkeypatch, 256, error)
     tiles, hungry = prepared("hungry")
     assert [word for told in tiles for word in told.split() if word.isdecimal()] == ["384", "256"]
     assert torch.equal(hungry.latents.get(item, False)[0], material.latents.get(item, False)[0])
-    hungry_above(starter, monkeypatch, 128)
+    hungry_above(starter, monkeypatch, 128, error)
     with pytest.raises(UserError, match="not enough to encode the pictures") as told:
         prepared("starved")
-    assert told.value.place == "data.resolution"
+    assert told.value.place == "model.device"
 
 
 def test_a_tenth_of_the_room_is_left_to_others_when_tiles_are_chosen(starter: Model) -> None:

@@ -155,11 +155,11 @@ def _is_number(text: str) -> bool:
 @contextmanager
 def _told_when_full() -> Iterator[None]:
     """Memory that runs out is told in a sentence. Raises UserError."""
-    from reparam_diffusion.jobs.worker import is_out_of_memory
+    from reparam_diffusion.models.room import is_out_of_memory
 
     try:
         yield
-    except Exception as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise UserError(

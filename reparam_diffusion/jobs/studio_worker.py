@@ -23,6 +23,7 @@ from reparam_diffusion.gallery import images
 from reparam_diffusion.gallery.recipe import Recipe, filled
 from reparam_diffusion.jobs import locks, runs, studio, worker
 from reparam_diffusion.jobs.overview import Overview
+from reparam_diffusion.models.room import is_out_of_memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -136,7 +137,7 @@ def _explained(error: Exception, kept: Studio) -> e.Failed:
     """What happened, for a person. What was warm is given up: after such an error nothing of it is trusted."""
     traceback.print_exception(error)
     kept.forget()
-    if worker.is_out_of_memory(error):
+    if is_out_of_memory(error):
         return e.Failed(
             "The memory is not enough for this picture.",
             "Drawing it needs more than this device has free.",

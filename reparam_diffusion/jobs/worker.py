@@ -34,6 +34,7 @@ from reparam_diffusion.jobs import launchers, locks, runs
 from reparam_diffusion.jobs.fold import WAITING
 from reparam_diffusion.jobs.ray_note import read_note
 from reparam_diffusion.models.precision import pick_device
+from reparam_diffusion.models.room import is_out_of_memory
 from reparam_diffusion.training.processes import Processes, are_many, is_first, join_processes, leave_processes, rank_of
 
 MODULE = "reparam_diffusion.jobs.worker"
@@ -214,16 +215,6 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
         "The training broke off through a mistake of ours.",
         re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])[:300],
         f"The full report is at the end of {runs.log_file(folder)}; please send it to us.",
-    )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
     )
 
 

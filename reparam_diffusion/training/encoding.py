@@ -45,7 +45,7 @@ class Latents:
     def get(self, item: Item, flip: bool) -> tuple[Tensor, Tensor]:
         """(mean, std), each (channels, height/8, width/8), of a picture at its size, mirrored when asked; on the CPU.
 
-        Raises torch.OutOfMemoryError.
+        Raises RuntimeError where the memory runs out.
         """
         return self._cache.get(item, flip, vae_encoder(self._model, tile=self.tile))
 
@@ -62,9 +62,9 @@ class Latents:
         if not smaller:
             raise UserError(
                 "The memory is not enough to encode the pictures.",
-                f"It ran out {f'in tiles of {self.tile} pixels' if self.tile else 'with whole pictures'} already.",
-                "Close other programs that use the device, or lower data.resolution.",
-                place="data.resolution",
+                f"It ran out with {f'tiles of {self.tile} pixels' if self.tile else 'pictures smaller than a tile'}.",
+                "Close other programs that use the device, then resume; or train on another device.",
+                place="model.device",
             )
         self.tile = smaller[0]
         self._cache = self._opened()

@@ -27,6 +27,7 @@ from reparam_diffusion.files import beside, write_whole
 from reparam_diffusion.models.encode import encode, is_too_long
 from reparam_diffusion.models.habits import unseen_backgrounds
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.room import is_out_of_memory
 from reparam_diffusion.models.sample import draw
 from reparam_diffusion.training.encoding import Latents, encoding_tile, fingerprint
 
@@ -274,8 +275,9 @@ def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
                 latents.get(*work[done])
                 done += 1
                 continue
-            except torch.OutOfMemoryError:
-                pass  # outside the handler nothing holds what was being computed
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise  # else outside the handler, where nothing holds what was being computed
             tile, done = latents.shrink([item.size for item, _ in work]), 0  # all of them in the same tiles
             yield Warned(f"The memory ran out: pictures are encoded in tiles of {tile} pixels now.")
     yield Prepared("latents", len(work), len(work))
