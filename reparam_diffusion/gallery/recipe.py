@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,10 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.lora_tags import parse_tags
-from reparam_diffusion.models.schedulers import down_to_noise, own_name
+from reparam_diffusion.models.schedulers import down_to_noise, own_name, require_scheduler
 from reparam_diffusion.models.start import fitting_size
+from reparam_diffusion.printable import remove_control
+from reparam_diffusion.validation import explain
 
 MOST_ADAPTERS = 32
 LONGEST = 20_000  # characters of a prompt
@@ -68,13 +71,13 @@ class Recipe(_Frozen):
     @classmethod
     def _lies_in_the_workspace(cls, path: str) -> str:
         if path and not SOURCE.fullmatch(path):
-            raise ValueError("it is no picture of this workspace")
+            raise ValueError("it is not an image of this workspace")
         return path
 
     @model_validator(mode="after")
     def _mask_has_its_picture(self) -> Recipe:
         if self.mask and not self.image:
-            raise ValueError("a mask needs the picture that it lies on")
+            raise ValueError("a mask was given without an image")
         return self
 
 
@@ -83,6 +86,7 @@ def make_recipe(values: Mapping[str, Any], *, note: Callable[[str], None] | None
 
     `note` gets a sentence for each part of a tag that is not used. Any: values as a form or another program gives them.
     """
+    values = {key: remove_control(value) if isinstance(value, str) else value for key, value in values.items()}
     prompt = parse_tags(str(values.get("prompt") or ""))
     if note is not None:
         for sentence in prompt.notes:
@@ -90,16 +94,23 @@ def make_recipe(values: Mapping[str, Any], *, note: Callable[[str], None] | None
     if not prompt.text:
         raise UserError("The prompt is empty.", do="Say what to draw.")
     used = [{"name": tag.name, "strength": tag.strength, "te_strength": tag.text_strength} for tag in prompt.tags]
+    require_scheduler(str(values.get("scheduler") or ""))
+    if str(values.get("seed")).strip() in ("-1", "-1.0"):  # a random one, as in A1111
+        values["seed"] = secrets.randbelow(2**32)
+    adapters = [*values.get("adapters", ()), *used]
     try:
-        return Recipe.model_validate(
-            {**values, "prompt": prompt.text, "adapters": [*values.get("adapters", ()), *used]}
-        )
+        return Recipe.model_validate({**values, "prompt": prompt.text, "adapters": adapters})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(word) for word in first["loc"]).replace("_", " ")
-        message = first["msg"].removeprefix("Value error, ")
-        words = f"{message[0].lower()}{message[1:]}." if place else f"{message[0].upper()}{message[1:]}."
-        raise UserError(f"{place}: {words}" if place else words) from None
+        place, message = explain(error)
+        raise UserError(f"{_name_setting(place)} {message}.".strip(), place=".".join(map(str, place))) from None
+
+
+def _name_setting(place: tuple[int | str, ...]) -> str:
+    """A setting as the form names it: "Steps", "The strength of adapter 2"."""
+    words = [str(word).replace("te_strength", "text encoder strength").replace("_", " ") for word in place]
+    if len(words) == 3 and isinstance(place[1], int):
+        return f"The {words[2]} of adapter {place[1] + 1}"
+    return " ".join(words).capitalize() or "This"
 
 
 def filled(

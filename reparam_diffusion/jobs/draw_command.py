@@ -139,14 +139,14 @@ def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: 
 
 def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
     """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
-    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.gallery.shelf import locate
 
     words = text.split(":")
     numbers: list[float] = []
     while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
         numbers.insert(0, float(words.pop()))
     name = ":".join(words)
-    path = Path(name) if Path(name).exists() else find(name, workspace)
+    path = locate(name, workspace)
     return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
 
 
