@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import ipaddress
 import os
+import socket
 import sys
 from pathlib import Path
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, explain_os_error
+from reparam_diffusion.printable import hush_libraries, printable
+from reparam_diffusion.workspace import require_workspace
 
 LARGEST_FILE = "4gb"  # an SDXL adapter dropped into the gallery; pictures have a limit of their own
 SPACE_HOST = "0.0.0.0"  # a Space's container is reached from outside through Hugging Face alone
@@ -47,6 +51,32 @@ def check_safe(options: argparse.Namespace) -> tuple[str, str] | None:
     return auth
 
 
+def check_address(host: str, port: int | None) -> None:
+    """Raise UserError for an address or a port that cannot be listened on."""
+    if port is not None and not 1 <= port <= 65535:
+        raise UserError(f"--port {port} is not possible.", do="Choose a port from 1024 to 65535.")
+    try:
+        kind, _, _, _, place = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(kind) as trial:
+            if os.name == "posix":
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(place)
+    except socket.gaierror:
+        raise UserError(f"--host {host} is not an address.", do="Use 127.0.0.1 or 0.0.0.0.") from None
+    except UnicodeError:
+        raise UserError(f"--host {host} is not an address.", do="Use 127.0.0.1 or 0.0.0.0.") from None
+    except PermissionError:
+        raise UserError(f"Port {port} needs administrator rights.", do="Choose a port above 1023.") from None
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(
+                f"--host {host} is not an address of this machine.", do="Use 127.0.0.1 or 0.0.0.0."
+            ) from None
+        raise UserError(
+            f"Port {port} is in use.", "Another program, or another page, listens there.", "Choose another --port."
+        ) from None
+
+
 def is_space() -> bool:
     """Whether this runs as a Hugging Face Space, whose own settings say who may see it."""
     return "SPACE_ID" in os.environ
@@ -65,11 +95,27 @@ def is_loopback(host: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Serve the page until Ctrl-C."""
     options = read_options(arguments)
+    hush_libraries()
     try:
-        auth = check_safe(options)
+        return serve(options, check_safe(options))
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return 2
+        return _refuse(error)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        return _refuse(explained)
+
+
+def _refuse(error: UserError) -> int:
+    sys.stderr.write(f"Error: {printable(str(error))}\n")
+    return 2
+
+
+def serve(options: argparse.Namespace, auth: tuple[str, str] | None) -> int:
+    """Build the page and serve it until Ctrl-C. Raises UserError before anything is loaded."""
+    require_workspace(options.workspace)
+    check_address(options.host, options.port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # not an argument in the oldest gradio we take
     from ui.page import build_page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from reparam_diffusion.errors import UserError, unknown_name
+from reparam_diffusion.errors import UserError, explain_os_error, unknown_name
 from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
+from reparam_diffusion.printable import hush_libraries, say
 
 if TYPE_CHECKING:
     from reparam_diffusion.events import Event
@@ -52,7 +54,8 @@ def train(
     from reparam_diffusion.jobs.launchers import new_run
     from reparam_diffusion.jobs.ray_jobs import check
     from reparam_diffusion.training.cards import card_layer
-    from reparam_diffusion.training.processes import is_first
+    from reparam_diffusion.training.processes import are_many, is_first
+    from reparam_diffusion.workspace import require_workspace
 
     given: dict[str, str | int] = {
         "data.images": images,
@@ -72,11 +75,15 @@ def train(
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
     for note in presets.notes_on(preset, config, card=card) if is_first() else ():
-        typer.echo(f"Note: {note}", err=True)
+        say(f"Note: {note}", err=True)
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))
         return
     check(config)
+    require_workspace(workspace, "runs")
+    if -1 in (config.training.seed, config.output.sample_seed) and not are_many():
+        config = c.choose_seeds(config)
+        say(f"Seeds: training {config.training.seed}, samples {config.output.sample_seed}.", err=True)
     _run(new_run(config, workspace, now=datetime.now()), as_json=as_json)
 
 
@@ -90,9 +97,11 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on with a run from its last checkpoint."""
+    from reparam_diffusion.files import require_writable
     from reparam_diffusion.jobs.launchers import change_processes
 
     folder = _run_folder(run, workspace)
+    require_writable(folder / "events.jsonl")
     if processes:
         change_processes(folder, processes)
     _run(folder, resume=True, as_json=as_json)
@@ -105,13 +114,15 @@ def stop(
     pause: Annotated[bool, typer.Option(help="Only save its place; no adapter is made.")] = False,
 ) -> None:
     """Ask a run to stop: it saves its adapter and ends; it can be resumed."""
+    from reparam_diffusion.files import require_writable
     from reparam_diffusion.jobs.runs import ask, state_of
 
     folder = _run_folder(run, workspace)
     if not state_of(folder).is_live:
         raise UserError(f"The run {folder.name} is not running.", f"It is {state_of(folder).state}.")
+    require_writable(folder / "ask" / "stop")
     ask(folder, "pause" if pause else "stop")
-    typer.echo(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    say(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
 
 
 @app.command()
@@ -127,7 +138,7 @@ def inspect(
 
     path = locate(file, workspace)
     report = report_of(path, model or None)
-    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(report_lines(report)))
+    say(json.dumps(report, indent=1) if as_json else "\n".join(report_lines(report)))
 
 
 @app.command()
@@ -144,16 +155,16 @@ def methods(
             fields = [(n, f) for n, f in method.spec.model_fields.items() if n != "method"]
             cells = ", ".join(f"`{n}` ({json.dumps(f.default)})" for n, f in fields)
             rows.append(f"| **{method.title}** | {method.summary} | {cells} |")
-        typer.echo("\n".join(rows))
+        say("\n".join(rows))
         return
     if as_json:
-        typer.echo(json.dumps({name: method.spec.model_json_schema() for name, method in METHODS.items()}, indent=1))
+        say(json.dumps({name: method.spec.model_json_schema() for name, method in METHODS.items()}, indent=1))
         return
     for name, method in METHODS.items():
-        typer.echo(f"{name}  ({method.title}) {method.summary}")
+        say(f"{name}  ({method.title}) {method.summary}")
         for field, info in method.spec.model_fields.items():
             if field != "method":
-                typer.echo(f"    adapter.{field} = {info.default}   {info.description}")
+                say(f"    adapter.{field} = {info.default}   {info.description}")
 
 
 @app.command()
@@ -162,7 +173,7 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     from reparam_diffusion.jobs.demo import run_demo
 
     grid, adapter, seconds = run_demo(workspace, preset=preset)
-    typer.echo(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
+    say(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
 for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands):
@@ -172,7 +183,9 @@ for commands in (draw_command, file_commands, gallery_commands, model_commands, 
 def _run_folder(run: str, workspace: Path) -> Path:
     """A run by its folder, its name, or "last"."""
     from reparam_diffusion.jobs.runs import list_runs
+    from reparam_diffusion.workspace import require_readable
 
+    require_readable(workspace)
     known = list_runs(workspace)
     for folder in known:
         if run in (folder.name, "last"):
@@ -193,9 +206,9 @@ def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
 
     check_settings(config)
     cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
-    typer.echo(f"On {config.model.path}, on {pick_device(config.model.device)}.")
+    say(f"On {config.model.path}, on {pick_device(config.model.device)}.")
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
-        typer.echo(line)
+        say(line)
 
 
 def _run(folder: Path, *, resume: bool = False, as_json: bool) -> None:
@@ -224,7 +237,7 @@ def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> NoReturn
     if as_json:
         failed = False
         for event in events:
-            typer.echo(event.to_json())
+            say(event.to_json())
             failed = isinstance(event, e.Failed)
         raise typer.Exit(int(failed))
     from reparam_diffusion.jobs.console import show
@@ -233,15 +246,28 @@ def _follow(events: Iterable[Event], folder: Path, *, as_json: bool) -> NoReturn
 
 
 def main() -> None:
-    """The first of the three doors at which a UserError is told."""
+    """The first of the three doors at which a UserError is shown, and a refusal of the system about a file."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what this terminal cannot show must not end the program
+            stream.reconfigure(errors="backslashreplace")
+    hush_libraries()
     try:
         app()
     except UserError as error:
-        from reparam_diffusion.training.processes import is_first
+        _end_with(error)
+    except OSError as error:
+        explained = explain_os_error(error)
+        if explained is None:
+            raise
+        _end_with(explained)
 
-        if is_first():  # of several processes, one tells
-            typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+
+def _end_with(error: UserError) -> NoReturn:
+    from reparam_diffusion.training.processes import is_first
+
+    if is_first():  # of several processes, one tells
+        say(f"Error: {error}", err=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

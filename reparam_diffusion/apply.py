@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.data.images import open_picture
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import Note, UserError
 from reparam_diffusion.formats.read import AdapterFile, read_adapter
 from reparam_diffusion.inject import Injection, Merge, attach, merged
 from reparam_diffusion.models.habits import DENOISE
@@ -156,12 +156,12 @@ def generate(
         path, strength = _strengths(choice)
         bound = bind(model, path)
         if bound.unmatched:
-            warnings.warn(_left_out(path, bound.unmatched), stacklevel=2)
+            warnings.warn(_left_out(path, bound.unmatched), Note, stacklevel=2)
         weighted.append((bound.adapters, strength))
         words += _spoken_at(bound, strength)
         to_noise |= bound.zero_terminal_snr
     for note in notes_on(model, prompt, negative):
-        warnings.warn(note, stacklevel=2)
+        warnings.warn(note, Note, stacklevel=2)
     with spoken(model, words), merged(model.parts, weighted):
         return draw(
             model,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import secrets
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -187,8 +188,8 @@ class TrainingSettings(Settings):
     """Compile the model's repeated blocks (CUDA; the first steps take minutes)."""
     start_from: str = ""
     """An adapter to train on from: its name in the gallery, or a file. Its ranks win over those set here."""
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-    """The same seed gives the same run on the same machine."""
+    seed: int = Field(0, ge=-1, le=2**31 - 1)
+    """The same seed gives the same run on the same machine; -1 takes a random one."""
 
 
 class EmbeddingSettings(Settings):
@@ -213,8 +214,8 @@ class OutputSettings(Settings):
     """Steps between two preview pictures; 0 draws them at the start and the end."""
     sample_prompts: list[str] = []
     """Preview prompts with {trigger} and {class}; empty takes the base model's own."""
-    sample_seed: int = Field(0, ge=0, le=2**31 - 1)
-    """Seed of the preview pictures."""
+    sample_seed: int = Field(0, ge=-1, le=2**31 - 1)
+    """Seed of the preview pictures; -1 takes a random one."""
     file_precision: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Number format of the finished file."""
 
@@ -325,6 +326,16 @@ def _known_keys(path: Sequence[str], given: Partial) -> list[str]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 model = inner
     return list(model.model_fields)
+
+
+def choose_seeds(config: TrainConfig) -> TrainConfig:
+    """The settings with a number in the place of each seed of -1, which stands for a random one."""
+    training, output = config.training, config.output
+    if training.seed == -1:
+        training = training.model_copy(update={"seed": secrets.randbelow(2**31)})
+    if output.sample_seed == -1:
+        output = output.model_copy(update={"sample_seed": secrets.randbelow(2**30)})
+    return config.model_copy(update={"training": training, "output": output})
 
 
 def parse_set(assignments: Sequence[str]) -> dict[str, Any]:

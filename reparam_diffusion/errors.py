@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 _MOST_LISTED, _FEW = 12, 7
@@ -25,6 +26,10 @@ class UserError(Exception):
         return " ".join(part for part in (self.what, self.why, self.do) if part)
 
 
+class Note(UserWarning):
+    """A warning for users; all others come from libraries and are for developers."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, do: str = "", place: str = "") -> UserError:
     """What to say about a name that there is none of: the nearest known one, else the known ones, else `do`.
 
@@ -40,3 +45,29 @@ def unknown_name(kind: str, name: str, known: Iterable[str], *, do: str = "", pl
         do = f"Choose one of {listed}."
     shown = name if len(name) <= 100 else f"{name[:100]}…"
     return UserError(f'There is no {kind} called "{shown}".', do=do, place=place)
+
+
+_NOT_WRITABLE = {
+    errno.ENOSPC: ("The disk is full.", "Free some space and try again."),
+    errno.EDQUOT: ("The disk quota is used up.", "Free some space and try again."),
+    errno.EROFS: ("The disk is read-only.", "Choose another place."),
+    errno.EACCES: ("You do not have the rights for it.", "Choose another place, or change its permissions."),
+    errno.EPERM: ("You do not have the rights for it.", "Choose another place, or change its permissions."),
+    errno.ENOTDIR: ("A file is in the place of a folder.", "Choose another place."),
+    errno.EEXIST: ("A file is in the place of a folder.", "Choose another place."),
+    errno.EISDIR: ("It is a folder, not a file.", "Choose a file."),
+    errno.ENAMETOOLONG: ("The name is too long.", "Choose a shorter one."),
+    errno.ENOENT: ("It does not exist.", "Check the path."),
+    errno.ELOOP: ("It is a link that leads to itself.", "Check the path."),
+    errno.EIO: ("The disk reports an error.", "Check the disk."),
+    errno.EMFILE: ("Too many files are open.", "Close other programs, or raise the limit (ulimit -n)."),
+}
+
+
+def explain_os_error(error: OSError) -> UserError | None:
+    """What to say about a file or a folder that the system refuses; None where the error is not about one."""
+    known = _NOT_WRITABLE.get(error.errno or 0)
+    if known is None or (error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT)):
+        return None
+    what = "A file could not be written." if error.filename is None else f"{error.filename} cannot be used."
+    return UserError(what, *known)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import html
 import logging
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import gradio as gr
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, explain_os_error
+from reparam_diffusion.printable import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,30 +48,47 @@ def guarded(handler: Callable[P, R], workspace: Path, *, plain: bool = False) ->
             raise
         except UserError as error:
             raise tell(error.what, " ".join(part for part in (error.why, error.do) if part)) from None
+        except OSError as error:  # the disk is full, read-only or not ours: the user can do something
+            explained = explain_os_error(error)
+            if explained is None or not _is_refusal(error):
+                raise _tell_bug(handler, workspace, error, tell) from error
+            raise tell(explained.what, f"{explained.why} {explained.do}") from None
         except Exception as error:  # The page's door: a traceback says nothing to a person, so it goes to the log.
-            LOG.exception("%s failed", getattr(handler, "__name__", "a handler"))
-            place = f"The report is at the end of {page_log(workspace)}; please send it to us."
-            raise tell("This is our mistake.", place, seconds=None) from error
+            raise _tell_bug(handler, workspace, error, tell) from error
 
     return told
 
 
+def _is_refusal(error: OSError) -> bool:
+    """Whether the disk refuses to be written, and not one of our own paths is wrong."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+
+
+def _tell_bug(
+    handler: Callable[..., object], workspace: Path, error: Exception, tell: Callable[..., gr.Error]
+) -> gr.Error:
+    """What the page shows of a mistake of ours; the traceback goes to the log."""
+    LOG.error("%s failed", getattr(handler, "__name__", "a handler"), exc_info=error)
+    place = f"The report is at the end of {page_log(workspace)}; please send it to us."
+    return tell("This is our mistake.", place, seconds=None)
+
+
 def warn(message: str) -> None:
     """Show a warning with its text as it is: toasts are HTML."""
-    gr.Warning(html.escape(message))
+    gr.Warning(html.escape(printable(message)))
 
 
 def inform(message: str) -> None:
     """Show a message with its text as it is: toasts are HTML."""
-    gr.Info(html.escape(message))
+    gr.Info(html.escape(printable(message)))
 
 
 def _plain(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:
     """The same without markup: a program prints it as it is."""
-    return gr.Error(f"{what} {rest}".strip(), duration=seconds, title="Please note", print_exception=False)
+    return gr.Error(printable(f"{what} {rest}".strip()), duration=seconds, title="Please note", print_exception=False)
 
 
 def _toast(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:
     """A sentence and what belongs to it, escaped. (Gradio's own title does not reach the browser from the queue.)"""
-    message = f"<strong>{html.escape(what)}</strong> {html.escape(rest)}"
+    message = f"<strong>{html.escape(printable(what))}</strong> {html.escape(printable(rest))}"
     return gr.Error(message, duration=seconds, title="Please note", print_exception=False)

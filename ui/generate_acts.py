@@ -97,7 +97,7 @@ def chosen_adapter(tab: GenerateTab, row: AdapterRow, values: Values, *, is_last
 
 def start_drawing(tab: GenerateTab, values: Values, make: Callable[[Values, Recipe], studio.Request]) -> Updates:
     """Ask the studio for what the controls say."""
-    is_new = values[tab.controls.new_seed] or values[tab.controls.seed] is None
+    is_new = values[tab.controls.new_seed] or values[tab.controls.seed] in (None, -1)
     seed = secrets.randbelow(2**32) if is_new else int(values[tab.controls.seed])
     recipe = form.read_recipe(tab.controls, values, tab.workspace, seed=seed)
     folder = studio.submit(tab.workspace, make(values, recipe))

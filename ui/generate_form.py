@@ -145,7 +145,7 @@ def draw_more(workspace: Path) -> dict[str, gr.components.Component]:
             "count": gr.Slider(1, 8, value=1, step=1, label="Pictures"),
             "scheduler": gr.Dropdown(names, value="", label="Scheduler"),
             "new_seed": gr.Checkbox(True, label="A new seed each time", info="Off: the same seed, the same picture."),
-            "seed": gr.Number(0, precision=0, minimum=0, label="Seed"),
+            "seed": gr.Number(0, precision=0, minimum=-1, label="Seed", info="-1: a random one."),
             "steps": gr.Number(seen.habits.steps, precision=0, label="Steps", info="More are slower and finer."),
             "guidance": gr.Number(seen.habits.guidance, step=0.5, label="Guidance", info="How strictly to obey."),
             "width": _side("Width", seen),

@@ -18,6 +18,7 @@ from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, ray_jobs, runs
+from reparam_diffusion.workspace import require_workspace
 from ui.form import flat, nested
 
 HIDDEN = ("data.images", "schema_version", "title", "about")
@@ -83,6 +84,7 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
     config = resolve_start(config, workspace)
+    require_workspace(workspace, "runs")
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)

@@ -100,7 +100,8 @@ def read_header(file: Path) -> Header:
 @contextmanager
 def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, dict[Key, Header]]]:
     """The cache and what it knows; made anew where it is damaged, in memory where the workspace cannot be written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError):  # read-only
+        file.parent.mkdir(parents=True, exist_ok=True)
     for place in (file, file, ":memory:"):
         with ExitStack() as kept:
             try:
@@ -110,7 +111,8 @@ def _opened(file: Path) -> Iterator[tuple[sqlite3.Connection, dict[Key, Header]]
             except sqlite3.OperationalError:
                 continue  # read-only, or busy for long: in the end without it
             except (sqlite3.DatabaseError, ValueError, TypeError):
-                file.unlink(missing_ok=True)
+                with suppress(OSError):  # read-only
+                    file.unlink(missing_ok=True)
                 continue
             yield cache, known
             return

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from reparam_diffusion.jobs.file_commands import Base, Json, Numbers, Workspace, follow, path_of, precision_of
+from reparam_diffusion.printable import say
 
 
 def register(app: typer.Typer) -> None:
@@ -34,11 +35,11 @@ def doctor(
     path = path_of(file, workspace)
     base = load_model(model, device="cpu") if model else None
     found = diagnose(path, base)
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(diagnosis_lines(found)))
+    say(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(diagnosis_lines(found)))
     if repair is not None:
         follow(mend(path, repair, model=base, precision=precision_of(precision)), as_json=as_json)
         if not as_json:
-            typer.echo(f"Repaired: {repair}")
+            say(f"Repaired: {repair}")
 
 
 def compare(
@@ -56,9 +57,9 @@ def compare(
     steps = collide(path_of(first, workspace), path_of(second, workspace), model=model or None)
     found = follow(steps, as_json=as_json)
     assert isinstance(found, Collision)
-    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(collision_lines(found)))
+    say(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(collision_lines(found)))
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         heat_map(found).save(picture, "PNG")
         if not as_json:
-            typer.echo(f"Heat map: {picture}")
+            say(f"Heat map: {picture}")

@@ -9,17 +9,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from reparam_diffusion import events as e
+from reparam_diffusion.printable import printable
 
 
 def show(events: Iterable[e.Event], folder: Path) -> int:
     """Print events until they end; 1 when the run failed, else 0."""
     console = Console(stderr=False, highlight=False)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     failed, steps, said = False, 0, ""
     with Progress(*columns, console=console) as progress:
@@ -32,7 +33,8 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
                     several = f" in {event.processes} processes" if event.processes > 1 else ""
                     console.print(
                         f"{event.method}: {event.sites} layers, {event.parameters:,} parameters, "
-                        f"{event.pictures} pictures, {event.precision} on {event.device}{several}."
+                        f"{event.pictures} pictures, {event.precision} on {event.device}{several}.",
+                        markup=False,
                     )
                     steps = event.steps
                     progress.update(task, description="Training", completed=event.first_step - 1, total=steps)
@@ -42,7 +44,7 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
             failed = isinstance(event, e.Failed)
             for line in _lines(event, folder):
                 if line != said:  # whoever starts a run and the run itself both say that it begins
-                    console.print(line, markup=False)
+                    console.print(printable(line), markup=False)
                 said = line
     return int(failed)
 

@@ -14,6 +14,7 @@ from reparam_diffusion.jobs.runs import create_run
 from reparam_diffusion.jobs.worker import work
 from reparam_diffusion.models.load import load_model
 from reparam_diffusion.models.parts import ASSETS
+from reparam_diffusion.workspace import require_workspace
 
 TEDDY = {"data": {"images": str(ASSETS / "examples" / "teddy"), "trigger": "sks", "class_word": "toy"}}
 BACKGROUNDS = ("red", "black", "pink", "brown")
@@ -25,6 +26,8 @@ def run_demo(workspace: Path, *, preset: str = "quick") -> tuple[Path, Path, flo
     from reparam_diffusion.apply import generate
 
     begun = time.time()
+    require_workspace(workspace)
+    require_workspace(workspace, "runs")
     config = settle(find_preset(preset), TEDDY, {"output": {"name": "demo teddy"}})
     folder = create_run(config, workspace, now=datetime.now())
     if show(work(folder), folder):

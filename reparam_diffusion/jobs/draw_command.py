@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import DENOISE
+from reparam_diffusion.printable import say
 
 Workspace = Annotated[Path, typer.Option(help="Folder for runs, adapters and pictures.")]
 
@@ -35,7 +35,7 @@ def generate(
     ] = None,
     model: Annotated[str, typer.Option(help='Base model: "starter", a folder, a file or a hub id.')] = "starter",
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up.")] = 0,
+    seed: Annotated[int, typer.Option(help="The first picture's seed; the next ones count up. -1: a random one.")] = 0,
     steps: Annotated[
         int | None, typer.Option(min=1, max=1000, help="Sampling steps; the model's own by default.")
     ] = None,
@@ -76,22 +76,21 @@ def generate(
     from reparam_diffusion.models.precision import pick_device
 
     tagged = parse_tags(prompt)
-    text = tagged.text
     for note in tagged.notes:
-        typer.echo(f"Note: {note}", err=True)
+        say(f"Note: {note}", err=True)
     chosen = [_adapter_choice(one, workspace) for one in adapter or []]
     chosen += [(find(tag.name, workspace), tag.strength, tag.text_strength) for tag in tagged.tags]
-    if out is not None and out.suffix.lower() not in ("", ".png"):
-        raise UserError(
-            f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
-        )
+    _check_out(out, workspace, needs_workspace=image is not None or mask is not None)
     used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
     values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
-    values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
+    values |= {"prompt": tagged.text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
     values |= {"clip_skip": clip_skip, "vae": vae, "prediction_type": prediction_type, "denoise": denoise}
     for name, file in (("image", image), ("mask", mask)):
         values[name] = "" if file is None else images.keep_file(file, workspace, is_mask=name == "mask")
     recipe = make_recipe(values)
+    if recipe.seed != seed:
+        seed = recipe.seed
+        say(f"Seed {seed}", err=True)
     start, white = images.open_sources(recipe, workspace)
     if white is not None and start is None:
         raise UserError("A mask needs the picture that it lies on.", do="Give the picture too, with --image.")
@@ -101,10 +100,9 @@ def generate(
     to_noise = are_from_noise(base, [path for path, _, _ in chosen])
     recipe = filled(recipe, base, None if start is None else start.size, zero_terminal_snr=to_noise)
     with _bar("Drawing", (recipe.steps or 0) * count) as advance, _told_when_full():
-        warnings.showwarning = lambda message, *_: typer.echo(f"Note: {message}", err=True)
         pictures = make(
             base,
-            text,
+            recipe.prompt,
             adapters=chosen,
             negative=recipe.negative,
             seed=seed,
@@ -123,7 +121,25 @@ def generate(
     for number, picture in enumerate(pictures):
         own = recipe.model_copy(update={"seed": seed + number})
         path = images.save_picture(picture, own, _place(out, workspace, own.seed, number=number, count=count))
-        typer.echo(json.dumps({"picture": str(path)}) if as_json else str(path))
+        say(json.dumps({"picture": str(path), "seed": own.seed}) if as_json else str(path))
+
+
+def _check_out(out: Path | None, workspace: Path, *, needs_workspace: bool) -> None:
+    """Raise UserError for a place where no image can be written, before anything is loaded."""
+    from reparam_diffusion.files import require_writable
+    from reparam_diffusion.workspace import require_workspace
+
+    if out is None or needs_workspace:
+        require_workspace(workspace, "images")
+    if out is None:
+        return
+    if out.suffix.lower() not in ("", ".png"):
+        raise UserError(
+            f"{out.name} is not a PNG.", "Only PNG images keep their settings.", "Name a .png file or a folder."
+        )
+    if out.suffix and out.is_dir():
+        raise UserError(f"{out} is a folder.", "The image cannot replace it.", "Name a .png file, or another folder.")
+    require_writable(out if out.suffix else out / "new")
 
 
 def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: int) -> Path:
@@ -140,24 +156,11 @@ def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: 
 def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
     """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
     from reparam_diffusion.gallery.shelf import locate
+    from reparam_diffusion.models.lora_tags import split_strengths
 
-    words = text.split(":")
-    numbers: list[float] = []
-    while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
-        numbers.insert(0, float(words.pop()))
-    name = ":".join(words)
+    name, numbers = split_strengths(text)
     path = locate(name, workspace)
     return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
-
-
-def _is_number(text: str) -> bool:
-    from reparam_diffusion.models.sample import finite
-
-    try:
-        finite(text)
-    except ValueError:
-        return False
-    return True
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reparam_diffusion.errors import UserError, unknown_name
+from reparam_diffusion.printable import say
 
 if TYPE_CHECKING:
     from reparam_diffusion.gallery.blend.forms import Form
@@ -169,7 +170,7 @@ def export(
     )
     done = follow(steps, as_json=as_json)
     assert isinstance(done, Exported)
-    typer.echo(json.dumps(done.to_dict(), indent=1) if as_json else "\n".join([str(out), *done.sentences()]))
+    say(json.dumps(done.to_dict(), indent=1) if as_json else "\n".join([str(out), *done.sentences()]))
 
 
 def path_of(name: str, workspace: Path) -> Path:
@@ -182,15 +183,13 @@ def path_of(name: str, workspace: Path) -> Path:
 def source_of(text: str, workspace: Path) -> Source:
     """FILE[:strength[:te_strength[:block=factor,…]]] -> a Source; a name is looked up in the gallery."""
     from reparam_diffusion.gallery.blend.sources import Source
+    from reparam_diffusion.models.lora_tags import split_strengths
 
     words = text.split(":")
     blocks: dict[str, float] = {}
     if "=" in words[-1]:
         blocks = {key: _number(value, text) for key, value in _pairs(words.pop().split(","))}
-    numbers: list[float] = []
-    while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
-        numbers.insert(0, float(words.pop()))
-    name = ":".join(words)
+    name, numbers = split_strengths(":".join(words))
     path = path_of(name, workspace)
     return Source(path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None, blocks)
 
@@ -230,7 +229,7 @@ def _make(
             )
         if out is None:
             told["file"] = str(add(target, workspace, name=title, facts=_notes(target)))
-    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))
+    say(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))
 
 
 def report_lines(report: Report, told: dict[str, object]) -> list[str]:
@@ -285,7 +284,7 @@ def follow(steps: Iterator[Any], *, as_json: bool) -> Any:
                 bar.update(task, completed=done, total=total)
                 if not as_json and not console.is_terminal and (done == total or time.monotonic() - told > TELL_EVERY):
                     told = time.monotonic()
-                    typer.echo(f"{done} of {total}", err=True)
+                    say(f"{done} of {total}", err=True)
     return last
 
 
@@ -293,9 +292,9 @@ def _list_methods() -> None:
     from reparam_diffusion.gallery.blend import BLENDS
 
     for name, method in BLENDS.items():
-        typer.echo(f"{name}  ({method.title}) {method.summary}" + (f"  {method.paper}" if method.paper else ""))
+        say(f"{name}  ({method.title}) {method.summary}" + (f"  {method.paper}" if method.paper else ""))
         for option, field in method.options.model_fields.items():
-            typer.echo(f"    {option} = {field.default}   {field.description}")
+            say(f"    {option} = {field.default}   {field.description}")
 
 
 def precision_of(text: str) -> Any:

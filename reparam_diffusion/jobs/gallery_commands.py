@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from reparam_diffusion.printable import say
+
 if TYPE_CHECKING:
     from reparam_diffusion.gallery import catalog
 
@@ -32,18 +34,20 @@ def gallery(
 ) -> None:
     """List the adapters of the gallery, or those that match."""
     from reparam_diffusion.gallery import catalog
+    from reparam_diffusion.workspace import require_readable
 
+    require_readable(workspace)
     entries = catalog.list_entries(workspace)
     catalog.require_filters(entries, base=base, method=method)
     entries = catalog.keep(entries, base=base, method=method)
     found = catalog.sort(catalog.search(entries, " ".join(query or [])), sort)
     if as_json:
-        typer.echo(json.dumps([catalog.row_of(entry) for entry in found], indent=1))
+        say(json.dumps([catalog.row_of(entry) for entry in found], indent=1))
         return
     width = max((len(entry.stem) for entry in found), default=0)
     for entry in found:
-        typer.echo(f"{entry.stem:{width}}  {_about(entry)}")
-    typer.echo(f"{len(found)} adapter{'' if len(found) == 1 else 's'}.", err=True)
+        say(f"{entry.stem:{width}}  {_about(entry)}")
+    say(f"{len(found)} adapter{'' if len(found) == 1 else 's'}.", err=True)
 
 
 def _about(entry: catalog.Entry) -> str:
@@ -67,16 +71,18 @@ def take_in(
     from reparam_diffusion.gallery.importing import import_files
     from reparam_diffusion.gallery.report import report_lines
     from reparam_diffusion.gallery.shelf import stem_of
+    from reparam_diffusion.workspace import require_workspace
 
+    require_workspace(workspace, "adapters")
     told = import_files(files, workspace)
     if as_json:
         rows = [{"name": one.name, "file": str(one.file or ""), "why": one.why, "report": one.report} for one in told]
-        typer.echo(json.dumps(rows, indent=1))
+        say(json.dumps(rows, indent=1))
     for one in () if as_json else told:
         if one.file is None or one.report is None:
-            typer.echo(f"{one.name} is left out. {one.why}\n", err=True)
+            say(f"{one.name} is left out. {one.why}\n", err=True)
             continue
         is_old = "" if one.is_new else " (it was there already)"
-        typer.echo("\n".join([f"Gallery   {stem_of(one.file)}{is_old}", *report_lines(one.report), ""]))
+        say("\n".join([f"Gallery   {stem_of(one.file)}{is_old}", *report_lines(one.report), ""]))
     if not any(one.file for one in told):
         raise typer.Exit(1)

@@ -23,6 +23,7 @@ from reparam_diffusion.jobs.file_commands import (
     report_lines,
     source_of,
 )
+from reparam_diffusion.printable import say
 
 
 def register(app: typer.Typer) -> None:
@@ -51,9 +52,9 @@ def bake(
     kind = "checkpoint" if out.suffix == ".safetensors" else "folder"
     base = load_model(model, device="cpu", dtype=torch.float32)
     follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
-    typer.echo(json.dumps({"model": str(out)}) if as_json else str(out))
+    say(json.dumps({"model": str(out)}) if as_json else str(out))
     if not as_json and any(read_adapter(source.file).words for source in chosen):
-        typer.echo("A model has no place for learned words: they are beside it, as -embedding.safetensors files.")
+        say("A model has no place for learned words: they are beside it, as -embedding.safetensors files.")
 
 
 def extract(
@@ -86,4 +87,4 @@ def extract(
     report = follow(steps, as_json=as_json)
     assert isinstance(report, Report)
     told = report.to_dict()
-    typer.echo(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))
+    say(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))

@@ -14,7 +14,7 @@ from typing import Literal, Self
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
-from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
+from reparam_diffusion.config import TrainConfig, adapter_name, choose_seeds, read_settings, settle, to_toml
 from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
@@ -57,7 +57,7 @@ PATIENCE = 60.0  # seconds that a process of another machine is given until it m
 def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) -> Path:
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
     check_settings(config)
-    config = _with_absolute_paths(with_start(config, workspace))
+    config = choose_seeds(_with_absolute_paths(with_start(config, workspace)))
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))

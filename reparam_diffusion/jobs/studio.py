@@ -26,6 +26,7 @@ from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery import images, shelf
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import locks, runs, worker
+from reparam_diffusion.workspace import require_workspace
 
 MODULE = "reparam_diffusion.jobs.studio_worker"
 MOST_PICTURES = 64
@@ -113,6 +114,7 @@ def submit(workspace: Path, request: Request) -> Path:
         adapter_file(name, workspace)
     for name in {name for recipe in request.recipes for name in (recipe.image, recipe.mask) if name}:
         images.source_of(name, workspace)
+    require_workspace(workspace, "studio")
     folder = new_folder(studio_of(workspace) / "requests", f"{datetime.datetime.now():%Y%m%d-%H%M%S-%f}")
     write_whole(folder / "request.json", request.model_dump_json())
     (folder / "todo").touch()  # from here on it counts
@@ -180,7 +182,8 @@ def read_request(folder: Path) -> Request:
     try:
         return Request.model_validate_json((folder / "request.json").read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
-        raise UserError("This request cannot be read.", str(error).splitlines()[0]) from None
+        why = "It is damaged, or of another version." if isinstance(error, ValidationError) else f"{error.strerror}."
+        raise UserError("This request cannot be read.", why, "Generate again.") from None
 
 
 def find_request(workspace: Path, name: str | None) -> Path | None:

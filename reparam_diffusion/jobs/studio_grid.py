@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ def grid(recipe: Recipe, *, across: tuple[str, Sequence[str]], down: tuple[str, 
     for axis, values in (across, down):
         if not values:
             raise UserError(f"{AXES[axis].name} has no values.", do="Give at least one.")
+    across, down = _with_seeds(*across), _with_seeds(*down)
     count = len(across[1]) * len(down[1])
     if count > MOST_PICTURES:
         raise UserError(f"That would be {count} pictures.", do=f"Take at most {MOST_PICTURES}.")
@@ -127,6 +129,13 @@ def grid(recipe: Recipe, *, across: tuple[str, Sequence[str]], down: tuple[str, 
         rows=tuple(_label(*down[:1], value) for value in down[1]),
         columns=tuple(_label(*across[:1], value) for value in across[1]),
     )
+
+
+def _with_seeds(axis: str, values: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """An axis with a random number for each seed of -1, the same for all cells of its row or column."""
+    if axis != "seed":
+        return axis, values
+    return axis, [str(secrets.randbelow(2**32)) if value.strip() == "-1" else value for value in values]
 
 
 def _label(axis: str, value: str) -> str:

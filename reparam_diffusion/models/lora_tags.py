@@ -73,7 +73,7 @@ def _parse_tag(tag: str, notes: list[str], *, is_restored: bool, unet_first: boo
             is_comma = _DECIMAL_COMMA.fullmatch(word) is not None
             is_extra = not equals and not is_comma and (position > 0 or "," in word)  # block weights, or their name
             if not is_restored and not is_extra:
-                raise _wrong_strength(tag, value if equals else word) from None
+                raise _wrong_strength(f"<{tag}>", value if equals else word) from None
             unused.append(word)
             continue
         if is_restored and abs(number) > STRONGEST:
@@ -95,12 +95,25 @@ def _parse_tag(tag: str, notes: list[str], *, is_restored: bool, unet_first: boo
     return LoraTag(name, strength, None if text == strength else text)
 
 
+def split_strengths(text: str) -> tuple[str, list[float]]:
+    """ "FILE:0.8:0.5" -> FILE and up to two numbers at its end. Raises UserError for a decimal comma."""
+    words = text.split(":")
+    numbers: list[float] = []
+    while len(words) > 1 and len(numbers) < 2:
+        if _DECIMAL_COMMA.fullmatch(words[-1]):
+            raise _wrong_strength(text, words[-1])
+        try:
+            numbers.insert(0, finite(words[-1]))
+        except ValueError:
+            break
+        words.pop()
+    return ":".join(words), numbers
+
+
 def _wrong_strength(tag: str, word: str) -> UserError:
     """What to say about a strength that is not a number."""
     if _DECIMAL_COMMA.fullmatch(word):
         return UserError(
-            f'"{word}" in <{tag}> has a decimal comma.', do=f"Write it with a point: {word.replace(',', '.')}."
+            f'"{word}" in {tag} has a decimal comma.', do=f"Write it with a point: {word.replace(',', '.')}."
         )
-    return UserError(
-        f'"{word}" in <{tag}> is not a number.', do="Write <lora:name:0.8>, or <lora:name:te=0.5:unet=0.8>."
-    )
+    return UserError(f'"{word}" in {tag} is not a number.', do="Write <lora:name:0.8>, or <lora:name:te=0.5:unet=0.8>.")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.parts import make_scheduler
 from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.source import find_source
+from reparam_diffusion.printable import has_control, printable
 from reparam_diffusion.training.embedding import check_trigger
 from reparam_diffusion.training.optim import check_optimizer
 
 
 def check_settings(config: TrainConfig) -> None:
     """Raise UserError, with its place, for settings that exclude each other or need what is not installed."""
+    _check_words(config)
+    _check_model(config.model.path)
     check_optimizer(config)
     check_trigger(config)
     _check_noise(config)
@@ -22,6 +27,37 @@ def check_settings(config: TrainConfig) -> None:
             do="Switch training.compile or model.block_offload off.",
             place="training.compile",
         )
+
+
+def _check_words(config: TrainConfig) -> None:
+    """Whether words and names are text that can be shown and tokenized: control characters never are."""
+    data, output = config.data, config.output
+    words: dict[str, str | None] = {
+        "data.trigger": data.trigger,
+        "data.class_word": data.class_word,
+        "data.caption_template": data.caption_template,
+        "prior.prompt": config.prior.prompt,
+        "embedding.words": config.embedding.words,
+        "output.name": output.name,
+    }
+    words |= {f"output.sample_prompts.{number}": prompt for number, prompt in enumerate(output.sample_prompts)}
+    for number, one in enumerate(data.sets):
+        for field in ("trigger", "class_word", "caption_template"):
+            words[f"data.sets.{number}.{field}"] = getattr(one, field)
+    for place, text in words.items():
+        if text and has_control(text):
+            raise UserError(
+                f"{place} has a control character.",
+                f"It is {printable(text)[:100]}.",
+                "Write it again, with letters only.",
+                place=place,
+            )
+
+
+def _check_model(path: str) -> None:
+    """Whether a base model that is named by a path is there; a hub id is asked for in its run."""
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).exists():
+        find_source(path, fetch=False)
 
 
 def _check_noise(config: TrainConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from reparam_diffusion.config import TrainConfig, to_toml
+from reparam_diffusion.config import TrainConfig, choose_seeds, read_settings, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
     Event,
@@ -44,7 +44,7 @@ from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
 from reparam_diffusion.training.optim import learning_rates, notes_on
 from reparam_diffusion.training.prepare import Material, prepare, preview_prompts, told_sets
-from reparam_diffusion.training.processes import Processes, is_first
+from reparam_diffusion.training.processes import Processes, are_many, is_first
 from reparam_diffusion.training.ready import at_work, load_base, make_ready, settled
 from reparam_diffusion.training.setup import Setup
 from reparam_diffusion.training.start import keep_start
@@ -75,7 +75,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
-    check_settings(config)
+    config = _with_seeds(config, folder)
     saved = _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
@@ -287,6 +287,20 @@ def _prepared(
     check_captions(config, [item.caption for item in material.dataset.train])
     give_back()
     return material
+
+
+def _with_seeds(config: TrainConfig, folder: Path) -> TrainConfig:
+    """The settings, checked, with a number for each seed of -1: the folder's own, else a random one."""
+    check_settings(config)
+    if -1 not in (config.training.seed, config.output.sample_seed):
+        return config
+    if are_many():
+        raise UserError("A random seed cannot be agreed on here.", do="Give a seed from 0.", place="training.seed")
+    settings = folder / "config.toml"
+    known = settle(read_settings(settings)) if settings.is_file() else choose_seeds(config)
+    training = config.training.model_copy(update={"seed": known.training.seed})
+    output = config.output.model_copy(update={"sample_seed": known.output.sample_seed})
+    return config.model_copy(update={"training": training, "output": output})
 
 
 def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
