@@ -118,6 +118,7 @@ def serve(options: argparse.Namespace, auth: tuple[str, str] | None) -> int:
     check_address(options.host, options.port)
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     os.environ.setdefault("GRADIO_RUN_HISTORY", "False")  # not an argument in the oldest gradio we take
+    from ui.literal import SCRIPT
     from ui.page import build_page
     from ui.theme import STYLES, make_theme
 
@@ -128,6 +129,7 @@ def serve(options: argparse.Namespace, auth: tuple[str, str] | None) -> int:
         auth=auth,
         theme=make_theme(),
         css_paths=STYLES,
+        head=SCRIPT,
         max_file_size=LARGEST_FILE,
         footer_links=[],
         enable_monitoring=False,

@@ -163,7 +163,7 @@ def test_a_picture_that_is_gone_is_told_before_anything_is_asked(workspace: Path
     with pytest.raises(UserError, match="picture to start from is not there"):
         asked(workspace, recipe(image=name))
     for path in ("images/../adapters/teddy.png", "/etc/passwd", "images/sources/x.png"):
-        with pytest.raises(UserError, match="no picture of this workspace"):
+        with pytest.raises(UserError, match="not an image of this workspace"):
             make_recipe({"prompt": "a toy", "image": path})
 
 
@@ -254,7 +254,7 @@ def test_what_is_wrong_with_a_picture_is_told_before_a_model_is_loaded(tmp_path:
     picture(32, 32).save(tmp_path / "mask.png")
     for options, words in (
         (["--image", str(tmp_path / "nope.png")], "nope.png cannot be used"),
-        (["--mask", str(tmp_path / "mask.png")], "A mask needs the picture"),
+        (["--mask", str(tmp_path / "mask.png")], "mask was given without an image"),
         ([], "no-model"),
     ):
         words_given = ["generate", "--prompt", "a toy", "--model", str(tmp_path / "no-model"), *options]

@@ -16,6 +16,7 @@ from reparam_diffusion.training.cards import cards
 from ui import starting
 from ui.door import inform
 from ui.form import Form
+from ui.literal import literal
 from ui.models import by_path, draw_models
 
 SECTIONS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -110,7 +111,7 @@ def _card_control() -> gr.Dropdown:
 
 def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
     field = type(start.model).model_fields["path"]
-    return draw_models(workspace, by_path, start.model.path, info=field.description or "", min_width=220)
+    return draw_models(workspace, by_path, start.model.path, info=literal(field.description or ""), min_width=220)
 
 
 def saved(workspace: Path, settings: Mapping[str, Any], title: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 from reparam_diffusion.config import DatasetSettings, Rule, parse_set
 from reparam_diffusion.errors import UserError
 from ui import sets
+from ui.literal import literal
 
 Values = Mapping[str, Any]
 """Settings by their place, such as "training.steps". Any: each setting has its own type."""
@@ -23,7 +24,7 @@ _WRONG = "wrong"
 def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Component:
     """The control of one setting: switch, choice, number or text. Any: the setting's own type."""
     label = field.title or name.replace("_", " ").capitalize()
-    about = field.description or ""
+    about = literal(field.description or "")
     kind = field.annotation
     if get_args(kind) == (DatasetSettings,):
         return sets.draw_table(value)
@@ -40,7 +41,7 @@ def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Compon
             return gr.Slider(0, top, value=value, step=0.01, label=label, info=about)
         return gr.Number(value=value, step=_stride(value), label=label, info=about)
     lines = 3 if get_origin(kind) is list else 1
-    about += _HOW_TO_WRITE.get(str(get_args(kind)[:1]), "") if lines > 1 else ""
+    about += literal(_HOW_TO_WRITE.get(str(get_args(kind)[:1]), "")) if lines > 1 else ""
     return gr.Textbox(value=as_shown(field, value), label=label, info=about, lines=lines, max_lines=max(lines, 1))
 
 
@@ -172,7 +173,9 @@ class Form:
     def marked(self, place: str, message: str) -> dict[gr.components.Component, Any]:
         """Updates that put a mistake's message at its control. Any: gradio's updates."""
         control = self.controls[place]
-        return {control: gr.update(**{_about(control): f"⚠ {message}"}, elem_classes=[_WRONG])}
+        name = _about(control)
+        shown = literal(f"⚠ {message}") if name == "info" else f"⚠ {message}"
+        return {control: gr.update(**{name: shown}, elem_classes=[_WRONG])}
 
     def unmarked(self, place: str) -> dict[gr.components.Component, Any]:
         """Updates that take the message off again. Any: gradio's updates."""

@@ -28,14 +28,16 @@ def show(events: Iterable[e.Event], folder: Path) -> int:
         for event in events:
             match event:
                 case e.Prepared():
-                    progress.update(task, description=event.phase.capitalize(), completed=event.done, total=event.total)
+                    progress.update(
+                        task, description=printable(event.phase.capitalize()), completed=event.done, total=event.total
+                    )
                 case e.Started():
                     several = f" in {event.processes} processes" if event.processes > 1 else ""
-                    console.print(
+                    summary = (
                         f"{event.method}: {event.sites} layers, {event.parameters:,} parameters, "
-                        f"{event.pictures} pictures, {event.precision} on {event.device}{several}.",
-                        markup=False,
+                        f"{event.pictures} pictures, {event.precision} on {event.device}{several}."
                     )
+                    console.print(printable(summary), markup=False)
                     steps = event.steps
                     progress.update(task, description="Training", completed=event.first_step - 1, total=steps)
                 case e.Step():
