@@ -58,7 +58,7 @@ class TrainTab:
         return [
             *self.form.controls.values(),
             *self.advanced.groups.values(),
-            *(self.pictures.draft, self.pictures.strip, self.captions.panel, self.captions.rows),
+            *_draft_controls(self),
             *(self.captions.told, self.captions.timer),
             *(self.shown, self.marked, self.trouble, self.kept),
         ]
@@ -229,7 +229,13 @@ def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
         }
 
     changes = [control.input for control in form.controls.values()]
-    changes += [tab.pictures.draft.change, tab.captions.rows.edit, timer.tick, tab.kept.change]
+    changes += [
+        tab.pictures.draft.change,
+        tab.captions.rows.change,
+        tab.pictures.strip.change,
+        timer.tick,
+        tab.kept.change,
+    ]
     gr.on(changes, guarded(look, workspace), inputs, outputs, trigger_mode="always_last", **QUIET)
 
 
@@ -275,7 +281,7 @@ def train_on(workspace: Path, tab: TrainTab, stem: str, draft: str | None) -> Up
 
 
 def _draft_controls(tab: TrainTab) -> list[Any]:
-    return [tab.pictures.draft, tab.pictures.strip, tab.captions.panel, tab.captions.rows]
+    return [tab.pictures.draft, tab.pictures.strip, tab.pictures.clear, tab.captions.panel, tab.captions.rows]
 
 
 def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Path | None, Updates]:
