@@ -175,7 +175,7 @@ def test_the_form_survives_a_reload_with_its_pictures_and_edited_captions(opened
     expect(page.get_by_text("5 pictures ready")).to_be_visible()
     page.wait_for_timeout(500)
     page.reload()
-    expect(page.get_by_text("5 pictures ready, 5 with a caption.")).to_be_visible()
+    expect(page.get_by_text("5 pictures ready, 5 with a caption, 1 removed.")).to_be_visible()
     expect(page.get_by_label("Trigger word")).to_have_value("zwx")
     expect(page.get_by_role("radio", name=re.compile("^LoKr"))).to_be_checked()
     page.get_by_role("button", name="Captions of 5 pictures").click()

@@ -11,6 +11,7 @@ from typing import Any
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.data.masks import ALPHA, BESIDE, mask_files
 from reparam_diffusion.data.sets import count_further
 from reparam_diffusion.errors import UserError
@@ -82,6 +83,7 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
         raise UserError(
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
+    config = config.model_copy(update={"data": expand_folders(config.data)[0]})
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
