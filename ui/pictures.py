@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -94,43 +94,48 @@ both at once. Any: gradio's own arguments."""
 
 
 def connect_pictures(
-    workspace: Path, pictures: Pictures, captions: Captions, words: dict[str, gr.components.Component]
+    workspace: Path, pictures: Pictures, captions: Captions, controls: Mapping[str, gr.components.Component]
 ) -> None:
     """Files and examples become drafts; captions and left-out images are written to the draft."""
     shown = [pictures.draft, pictures.strip, pictures.clear, captions.panel, captions.rows]
-    spoken = [words["data.trigger"], words["data.class_word"]]
+    spoken, start_from = [controls["data.trigger"], controls["data.class_word"]], controls["training.start_from"]
     examples = [example for _, example in pictures.examples]
     quiet = QUIET | IN_TURN
 
-    def take_files(names: list[str] | None, draft: str | None, *said: str) -> list[Any]:
+    def take_files(names: list[str] | None, draft: str | None, base: str, *said: str) -> list[Any]:
         """The box is emptied: what it took is in the draft, which alone says what there is."""
         if not names:
-            return [gr.skip()] * (1 + len(shown) + len(spoken))
+            return [gr.skip()] * (2 + len(shown) + len(spoken))
         old = drafts.read_draft(draft, workspace)
         name = drafts.add_files([Path(name) for name in names], workspace, draft)
-        return [None, *show_draft(workspace, name), *forget_words(old, examples, said)]
+        start = gr.skip() if old is None else drop_start_from(base)
+        return [None, *show_draft(workspace, name), start, *forget_words(old, examples, said)]
 
     pictures.files.upload(
         guarded(take_files, workspace),
-        [pictures.files, pictures.draft, *spoken],
-        [pictures.files, *shown, *spoken],
+        [pictures.files, pictures.draft, start_from, *spoken],
+        [pictures.files, *shown, start_from, *spoken],
         api_visibility="private",
         **IN_TURN,
     )
 
-    def clear(draft: str | None, *said: str) -> list[Any]:
-        return [*show_draft(workspace, None), *forget_words(drafts.read_draft(draft, workspace), examples, said)]
+    def clear(draft: str | None, base: str, *said: str) -> list[Any]:
+        forgotten = forget_words(drafts.read_draft(draft, workspace), examples, said)
+        return [*show_draft(workspace, None), drop_start_from(base), *forgotten]
 
-    pictures.clear.click(guarded(clear, workspace), [pictures.draft, *spoken], [*shown, *spoken], **quiet)
+    before, after = [pictures.draft, start_from, *spoken], [*shown, start_from, *spoken]
+    pictures.clear.click(guarded(clear, workspace), before, after, **quiet)
 
     for button, example in pictures.examples:
 
-        def take_example(example: datasets.PictureSet = example) -> list[Any]:
+        def take_example(base: str, example: datasets.PictureSet = example) -> list[Any]:
             about = example.about
             said = [about.trigger, about.class_word, about.kind]
-            return [*show_draft(workspace, drafts.keep(example, workspace, is_example=True)), *said]
+            draft = drafts.keep(example, workspace, is_example=True)
+            return [*show_draft(workspace, draft), drop_start_from(base), *said]
 
-        button.click(guarded(take_example, workspace), None, [*shown, *spoken, words["data.kind"]], **quiet)
+        outputs = [*after, controls["data.kind"]]
+        button.click(guarded(take_example, workspace), start_from, outputs, **quiet)
 
     _connect_captions(workspace, pictures, captions, spoken)
 
@@ -167,6 +172,14 @@ def _connect_captions(
     for word in words:
         assert isinstance(word, gr.Textbox)
         word.blur(guarded(rename, workspace), [pictures.draft, *words], captions.rows, **quiet)
+
+
+def drop_start_from(base: str) -> Any:
+    """Nothing to continue from: the images or the subject are others now. Any: gradio's update."""
+    if not base.strip():
+        return gr.skip()
+    gr.Info(f"Training no longer continues from {escape(base.strip())}: the images or the subject have changed.")
+    return ""
 
 
 def forget_words(old: drafts.Draft | None, examples: Sequence[datasets.PictureSet], said: Sequence[str]) -> list[Any]:
