@@ -49,6 +49,7 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
+    from reparam_diffusion.data.folder_layout import expand_folders
     from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs import presets
     from reparam_diffusion.jobs.launchers import new_run
@@ -73,8 +74,10 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
+    data, layout = expand_folders(config.data)
+    config = config.model_copy(update={"data": data})
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
-    for note in presets.notes_on(preset, config, card=card) if is_first() else ():
+    for note in [*layout, *presets.notes_on(preset, config, card=card)] if is_first() else ():
         say(f"Note: {note}", err=True)
     if dry_run:
         _say_plan(config, workspace, pictures=len(main.pictures))

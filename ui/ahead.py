@@ -12,7 +12,8 @@ import gradio as gr
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
-from reparam_diffusion.data.check import look_over
+from reparam_diffusion.data.check import look_over, note_unused_masks
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import estimates, presets, queue, runs
@@ -43,6 +44,8 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
         mine = starting.resolve_start(settle(starting.layer_of(settings)), workspace)
         mine = runs.with_start(mine, workspace)
         outline(mine.model.path)
+        data, layout = expand_folders(mine.data)
+        mine = mine.model_copy(update={"data": data})
         count_further(mine.data)
     except UserError:  # a mistake in the settings is told at its control when Start is pressed
         return Ahead(cards({}), "", is_complete=True)
@@ -58,7 +61,7 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
         return Ahead(cards(costs), "", is_complete=True)
     is_measuring = estimates.find_out([mine])
     is_wanted = estimates.find_out(list(configs.values()))
-    about = presets.notes_on(settings["preset"], mine, card=settings["card"])
+    about = [*layout, *presets.notes_on(settings["preset"], mine, card=settings["card"])]
     told = told_of(workspace, chosen, mine, costs[mine.adapter.method], about, is_measuring=is_measuring)
     return Ahead(cards(costs), told, is_complete=not is_wanted)
 
@@ -130,6 +133,8 @@ def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
         resolution=config.data.resolution or model.size,
         expected=f"{config.data.class_word} {model.habits.caption} {model.habits.class_prompt}",
     )
+    if note := note_unused_masks(chosen.pictures, config.data.masks):
+        notes.append(note)
     if not config.data.trigger:
         notes.insert(0, "There is no trigger word yet: write one in step 2.")
     return notes

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from reparam_diffusion.data import rgb
 from reparam_diffusion.data.sidecars import Sidecars, match_sidecars
 from reparam_diffusion.data.source_files import Files, sort_source
-from reparam_diffusion.data.text_files import Text, read_texts
+from reparam_diffusion.data.text_files import Text, make_one_line, read_texts
 from reparam_diffusion.errors import UserError
 
 MOST_MEGAPIXELS = 120
@@ -155,7 +155,7 @@ def _add_sidecars(picture: Picture, matched: Sidecars, at: int, texts: dict[Path
     if file is None:
         return replace(picture, notes=(*picture.notes, *notes))
     text = texts[file]
-    caption = " ".join(text.text.split())
+    caption = make_one_line(text.text)
     if text.problem:
         notes.append(f"its caption {file.name} is not used: {text.problem}")
     elif not caption:

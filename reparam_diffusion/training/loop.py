@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from reparam_diffusion.config import TrainConfig, choose_seeds, read_settings, settle, to_toml
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
     Event,
@@ -75,7 +76,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
     begun = time.time()
-    config = _with_seeds(config, folder)
+    config = _with_seeds((yield from _check_config(config)), folder)
     saved = _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
@@ -154,6 +155,15 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
         learner.scaler.scale(whole).backward()
     learner.injection.set_draw(None)
     return total
+
+
+def _check_config(config: TrainConfig) -> Generator[Event, None, TrainConfig]:
+    """The settings with folders in kohya's layout as sets. Raises UserError for settings that do not go together."""
+    data, notes = expand_folders(config.data)
+    config = config.model_copy(update={"data": data})
+    yield from (Warned(note) for note in notes)
+    check_settings(config)
+    return config
 
 
 def _check_loss(loss: float, step: int) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.cache import TextCache
 from reparam_diffusion.data.captions import caption_for, fill
-from reparam_diffusion.data.check import look_over, some_of
+from reparam_diffusion.data.check import look_over, note_unused_masks, some_of
 from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, Part, build_dataset
 from reparam_diffusion.data.images import Picture, find_pictures
 from reparam_diffusion.data.masks import Mask, read_mask
@@ -122,6 +122,8 @@ def _notes(
     )
     if source.masks and (whole := [p for p, mask in zip(found.pictures, found.masks, strict=True) if mask is None]):
         notes.append(f"Nothing is see-through in {some_of(whole)}: all of it is learned.")
+    if note := note_unused_masks(found.pictures, source.masks):
+        notes.append(note)
     for note in notes:
         yield Warned(f"{source.name}: {note}" if is_one_of_several else note)
 
