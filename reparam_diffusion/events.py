@@ -57,6 +57,8 @@ class Prepared(Event):
     phase: str
     done: int
     total: int
+    waiting_for: str = ""
+    """The process that holds the device, in words, while the run waits for it."""
 
 
 @dataclass(frozen=True)

@@ -214,12 +214,12 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_locks_a_card_for_each_of_its_processes(two_cards: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def devices(**launch: object) -> list[str]:
-        return worker.devices_of(settle({"launch": launch}))
+        return locks.devices_of(settle({"launch": launch}))
 
     assert devices() == ["cuda:0"]
     assert devices(processes=2) == devices(launcher="accelerate") == ["cuda:0", "cuda:1"]
     assert devices(launcher="ray", processes=2) == []
-    assert worker.devices_of(settle({"launch": {"processes": 2}, "model": {"device": "cpu"}})) == ["cpu"]
+    assert locks.devices_of(settle({"launch": {"processes": 2}, "model": {"device": "cpu"}})) == ["cpu"]
     with pytest.raises(UserError, match="torch sees 2"):
         devices(processes=3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5ee")

@@ -44,6 +44,8 @@ class RunState:
     pid: int = 0
     last_step_at: float = 0.0
     """Seconds since 1970."""
+    waiting_for: str | None = None
+    """What holds its device while it waits, in words: "run X (process 12, since 15:08)"."""
     place: int = 0
     """Its place in the queue; 0 where it does not wait there."""
     where: str = ""
@@ -175,6 +177,7 @@ class Fold:
             ranks=dict(self.ranks),
             pid=self.launched.pid if self.launched else 0,
             last_step_at=self.last_step_at,
+            waiting_for=self.phase.waiting_for or None if now == "queued" else None,
             where=self._where(),
         )
 

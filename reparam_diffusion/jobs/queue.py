@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -109,7 +108,7 @@ def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
     wanted = {}
     for one in list(line):
         try:
-            wanted[one] = _devices_of(workspace / "runs" / one.run)
+            wanted[one] = runs.devices_of(workspace / "runs" / one.run)
         except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
             line.remove(one)
             _tell(workspace / "runs" / one.run, error)
@@ -131,20 +130,6 @@ def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
     return started
 
 
-def _devices_of(folder: Path) -> frozenset[str]:
-    """The devices that a run wants, read again when its settings have changed."""
-    try:
-        age = (folder / "config.toml").stat().st_mtime_ns
-    except FileNotFoundError:
-        age = 0
-    return _devices_at(folder, age)
-
-
-@lru_cache(maxsize=1024)
-def _devices_at(folder: Path, age: int) -> frozenset[str]:
-    return frozenset(worker.devices_of(runs.read_config(folder)))
-
-
 def _tell(folder: Path, error: UserError) -> None:
     if folder.is_dir():
         with runs.EventLog(folder) as log:
@@ -153,7 +138,9 @@ def _tell(folder: Path, error: UserError) -> None:
 
 def _busy_devices(workspace: Path) -> set[str]:
     """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
-    return {device for folder in runs.list_runs(workspace) if runs.has_worker(folder) for device in _devices_of(folder)}
+    return {
+        device for folder in runs.list_runs(workspace) if runs.has_worker(folder) for device in runs.devices_of(folder)
+    }
 
 
 # --- the dispatcher --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -20,6 +21,7 @@ from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import find, make_slug
+from reparam_diffusion.jobs import locks
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
@@ -33,6 +35,7 @@ __all__ = [
     "asked",
     "clear_requests",
     "create_run",
+    "devices_of",
     "has_ended",
     "has_worker",
     "is_starting",
@@ -239,7 +242,8 @@ class Follower:
         line = list(read_queue(workspace_of(self.folder)))
         if self.folder.name not in line:
             return state
-        return replace(state, state="queued", place=line.index(self.folder.name) + 1, message="")
+        place = line.index(self.folder.name) + 1
+        return replace(state, state="queued", place=place, message="", waiting_for=_holders(self.folder) or None)
 
     def _read(self) -> None:
         file = self.folder / "events.jsonl"
@@ -248,6 +252,31 @@ class Follower:
         new, self._offset = read_events(self.folder, self._offset)
         for event in new:
             self._fold.feed(event)
+
+
+def devices_of(folder: Path) -> frozenset[str]:
+    """The devices that a run wants, read again when its settings have changed."""
+    try:
+        age = (folder / "config.toml").stat().st_mtime_ns
+    except FileNotFoundError:
+        age = 0
+    return _devices_at(folder, age)
+
+
+@lru_cache(maxsize=1024)
+def _devices_at(folder: Path, age: int) -> frozenset[str]:
+    return frozenset(locks.devices_of(read_config(folder)))
+
+
+def _holders(folder: Path) -> str:
+    """The processes that hold the devices of a run in the queue, in words; "" where they are free."""
+    try:
+        wanted = sorted(devices_of(folder))
+    except UserError:  # its settings are damaged; the queue says so at its turn
+        return ""
+    workspace = workspace_of(folder)
+    named = (locks.describe_holder(locks.device_lock(device), workspace) for device in wanted)
+    return ", ".join(dict.fromkeys(filter(None, named)))
 
 
 def _waits(note: RayNote, last: Event | None) -> bool:

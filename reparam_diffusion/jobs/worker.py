@@ -16,14 +16,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
-import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
@@ -39,6 +38,7 @@ from reparam_diffusion.training.processes import Processes, are_many, is_first, 
 
 MODULE = "reparam_diffusion.jobs.worker"
 LOOK_AGAIN = 0.5  # seconds between two tries for the device
+INSTANT = 0.2  # seconds for which a process that only looks may hold a lock
 
 
 class Train(Protocol):
@@ -124,20 +124,19 @@ def _on_device(
     with ExitStack() as held:
         if not processes.is_main:
             held.enter_context(heeded_signals())  # a signal to all is the first one's to heed
-        has_said = False
+        waiting = _hold_devices(wanted, folder, processes)
         while True:
-            with ExitStack() as tried:
-                if processes.have_all(tried.enter_context(locks.try_hold_all(wanted))):
-                    held.push(tried.pop_all())
-                    break
-            if not has_said:
-                yield e.Prepared(WAITING, 0, 1)
-                has_said = True
+            try:
+                said = next(waiting)
+            except StopIteration as end:
+                held.push(end.value)
+                break
+            if said:
+                yield e.Prepared(WAITING, 0, 1, said)
             request = processes.agree(stop())
             if request in ("stop", "pause"):
                 yield e.Paused(last) if request == "pause" else e.Stopped(last, "")
                 return
-            time.sleep(LOOK_AGAIN)
         if train is None:
             from reparam_diffusion.training.loop import train as loop
 
@@ -151,35 +150,31 @@ def _on_device(
             yield event
 
 
-def device_of(config: TrainConfig) -> str:
-    """The name under which the run's device, the first of several, is locked."""
-    return locks.device_name(config.model.device)
+def _hold_devices(wanted: list[Path], folder: Path, processes: Processes) -> Generator[str, None, ExitStack]:
+    """Wait until all processes hold their devices. Yields between two tries, with words whenever the reason changes.
 
-
-def devices_of(config: TrainConfig) -> list[str]:
-    """The names of all devices of this machine that the run will lock; none where Ray gives them out."""
-    launch = config.launch
-    if launch.launcher == "ray":
-        return []
-    first = device_of(config)
-    count = launch.processes
-    if launch.launcher == "accelerate" and count == 1:  # then what was answered to `accelerate config` counts
-        count = torch.cuda.device_count()
-    return _several(first, count)
+    Returns what lets go of the devices.
+    """
+    workspace = runs.workspace_of(folder)
+    said, patience = "", INSTANT
+    while True:
+        with ExitStack() as tried:
+            holder = locks.Holder(f"run {folder.name}", str(workspace))
+            got = tried.enter_context(locks.try_hold_all(wanted, patience=patience, holder=holder))
+            if processes.have_all(got):
+                return tried.pop_all()
+        holders = [] if got else [locks.describe_holder(lock, workspace) for lock in wanted]
+        reason = ", ".join(dict.fromkeys(filter(None, holders))) or ("other processes of this run" if got else said)
+        yield "" if reason == said else reason
+        said, patience = reason, 0.0
+        time.sleep(LOOK_AGAIN)
 
 
 def _own_devices(config: TrainConfig, processes: Processes) -> list[str]:
     """Which devices this process locks: the first of a machine those of all its processes, the others none."""
     if config.launch.launcher == "ray" or processes.local_rank:
         return []
-    return _several(device_of(config), processes.local_ranks)
-
-
-def _several(first: str, count: int) -> list[str]:
-    """The names of the devices of so many processes: a GPU each, or the one processor for all."""
-    if count < 2 or not first.startswith("cuda"):
-        return [first]
-    return [locks.device_name(f"cuda:{number}") for number in range(count)]
+    return locks.several_devices(locks.device_of(config), processes.local_ranks)
 
 
 def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None, *, step: int) -> e.Event:
