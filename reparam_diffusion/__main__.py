@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
 
 if TYPE_CHECKING:
@@ -89,10 +89,16 @@ def resume(
     workspace: Workspace = Path("workspace"),
     as_json: Json = False,
 ) -> None:
-    """Go on with a run from its last checkpoint."""
+    """Go on with a run from its last checkpoint. A finished run stays as it is: nothing to do, exit code 0."""
     from reparam_diffusion.jobs.launchers import change_processes
+    from reparam_diffusion.jobs.runs import check_not_queued, check_unfinished, has_worker
+    from reparam_diffusion.training.processes import is_first
 
     folder = _run_folder(run, workspace)
+    if is_first():
+        check_not_queued(folder)
+        if not has_worker(folder):
+            check_unfinished(folder)
     if processes:
         change_processes(folder, processes)
     _run(folder, resume=True, as_json=as_json)
@@ -105,13 +111,13 @@ def stop(
     pause: Annotated[bool, typer.Option(help="Only save its place; no adapter is made.")] = False,
 ) -> None:
     """Ask a run to stop: it saves its adapter and ends; it can be resumed."""
-    from reparam_diffusion.jobs.runs import ask, state_of
+    from reparam_diffusion.jobs import queue
 
     folder = _run_folder(run, workspace)
-    if not state_of(folder).is_live:
-        raise UserError(f"The run {folder.name} is not running.", f"It is {state_of(folder).state}.")
-    ask(folder, "pause" if pause else "stop")
-    typer.echo(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    if queue.stop(folder, "pause" if pause else "stop"):
+        typer.echo(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    else:
+        typer.echo(f"Took {folder.name} out of the queue.")
 
 
 @app.command()
@@ -235,6 +241,8 @@ def main() -> None:
     """The first of the three doors at which a UserError is told."""
     try:
         app()
+    except NothingToDo as note:
+        typer.echo(f"Nothing to do: {note}", err=True)
     except UserError as error:
         from reparam_diffusion.training.processes import is_first
 

@@ -18,3 +18,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return " ".join(part for part in (self.what, self.why, self.do) if part)
+
+
+class NothingToDo(UserError):
+    """A command that has nothing to do: the sentence is shown, nothing is changed, and it is no failure."""

@@ -140,6 +140,10 @@ class Failed(Event):
     do: str = ""
 
 
+FINISHED_BEFORE = "This run is finished."
+"""The Failed with which version 0.1 answered the resume of a finished run."""
+
+
 @dataclass(frozen=True)
 class Lost(Event):
     """The run ended without a word of its own; who started it knows why."""

@@ -67,6 +67,7 @@ class Fold:
 
     def __init__(self) -> None:
         self.last: e.Event | None = None  # the last event that says where the run stands
+        self.finished: e.Finished | None = None
         self.launched: e.Launched | None = None
         self.started: e.Started | None = None
         self.phase = e.Prepared("", 0, 0)
@@ -97,7 +98,7 @@ class Fold:
                 self.job = event.job or self.job
                 self.phase = e.Prepared("starting", 0, 0)
             case e.Started():
-                self.started = event
+                self.started, self.finished = event, None
                 self._rewind(event.first_step)
                 self.ranks = dict(event.ranks)
                 self.phase = e.Prepared("first step", 0, 0)
@@ -113,7 +114,11 @@ class Fold:
                 self.ranks = dict(event.ranks)
             case e.Saved():
                 self._take_saved(event)
+            case e.Failed(what=e.FINISHED_BEFORE) if self.finished is not None:
+                event = self.finished  # an earlier version said so when a finished run was resumed
             case e.Finished() | e.Stopped():
+                if isinstance(event, e.Finished):
+                    self.finished = event
                 self.adapter = event.path or self.adapter
                 self._rewind(event.step + 1)
             case e.Paused():

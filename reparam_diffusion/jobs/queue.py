@@ -10,14 +10,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from filelock import FileLock
 
 from reparam_diffusion import events as e
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import locks, ray_jobs, runs, worker
 
@@ -47,8 +47,10 @@ def submit(folder: Path, *, resume: bool = False) -> bool:
     config = runs.read_config(folder)
     workspace = runs.workspace_of(folder)
     with _changing(workspace) as line:
-        if runs.has_worker(folder) or folder.name in {one.run for one in line}:
+        if runs.has_worker(folder):
             raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        runs.check_not_queued(folder)
+        runs.check_unfinished(folder)
         if config.launch.launcher == "ray":
             ray_jobs.hand_over(folder, resume=resume)
             return False
@@ -84,10 +86,22 @@ def clear(workspace: Path) -> int:
         return count
 
 
-def stop(folder: Path, request: runs.Request = "stop") -> None:
-    """Ask a run to stop or pause; one that only waits leaves the queue instead."""
-    if not remove(runs.workspace_of(folder), folder.name):
-        runs.ask(folder, request)
+def stop(folder: Path, request: runs.Request = "stop") -> bool:
+    """Ask a run to stop or pause; one in the queue leaves it instead. Says whether a process was asked.
+
+    Raises UserError for a run that neither runs nor waits.
+    """
+    if remove(runs.workspace_of(folder), folder.name):
+        return False
+    runs.check_running(folder, or_queued=True)
+    runs.ask(folder, request)
+    return True
+
+
+def ask_sample(folder: Path) -> None:
+    """Ask a run for sample images now. Raises UserError for a run that is not running."""
+    runs.check_running(folder)
+    runs.ask(folder, "sample")
 
 
 @contextmanager
@@ -124,9 +138,10 @@ def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
             continue
         line.remove(one)
         folder = workspace / "runs" / one.run
-        if not runs.has_worker(folder):
-            worker.launch(folder, resume=one.resume)
-            started.append(one.run)
+        with suppress(NothingToDo):  # it was finished elsewhere while it waited
+            if not runs.has_worker(folder):
+                worker.launch(folder, resume=one.resume)
+                started.append(one.run)
     return started
 
 

@@ -17,7 +17,7 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, read_settings, settle, to_toml
 from reparam_diffusion.data.masks import ALPHA, BESIDE
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import find, make_slug
@@ -33,6 +33,9 @@ __all__ = [
     "RunState",
     "ask",
     "asked",
+    "check_not_queued",
+    "check_running",
+    "check_unfinished",
     "clear_requests",
     "create_run",
     "devices_of",
@@ -292,6 +295,39 @@ def has_worker(folder: Path) -> bool:
 def has_ended(folder: Path) -> bool:
     """Whether a run's last word says that it has ended, and how."""
     return isinstance(_last_event(folder), Finished | Stopped | Paused | Failed | Lost)
+
+
+def check_unfinished(folder: Path) -> None:
+    """Raise NothingToDo for a run that has done all of its steps: a finished run stays finished."""
+    if not isinstance(_last_event(folder), Finished | Failed | Launched):
+        return
+    fold = Fold()
+    for event in read_events(folder)[0]:
+        fold.feed(event)
+    if isinstance(fold.last, Finished) and read_config(folder).training.steps <= fold.last.step:
+        raise NothingToDo(
+            f"The run {folder.name} is finished.",
+            f"It has done all {fold.last.step} steps.",
+            "To train longer, start a new run that continues from its adapter.",
+        )
+
+
+def check_running(folder: Path, *, or_queued: bool = False) -> None:
+    """Raise UserError for a run that is not running and so cannot be asked for anything."""
+    state = state_of(folder).state
+    if state != "running" and not (or_queued and state == "queued"):
+        raise UserError(f"The run {folder.name} is not running.", f"It is {state}.")
+
+
+def check_not_queued(folder: Path) -> None:
+    """Raise UserError for a run that is in its workspace's queue."""
+    line = list(read_queue(workspace_of(folder)))
+    if folder.name in line:
+        raise UserError(
+            f"The run {folder.name} is in the queue already.",
+            f"Its place is {line.index(folder.name) + 1} of {len(line)}.",
+            "It starts by itself; to start it here, take it out of the queue first (stop).",
+        )
 
 
 def _last_event(folder: Path) -> Event | None:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import IO, Protocol
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
+from filelock import FileLock
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
@@ -30,11 +31,20 @@ from reparam_diffusion.data.sets import sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import of_run
 from reparam_diffusion.jobs import launchers, locks, runs
+from reparam_diffusion.jobs.causes import find_cause, leave_cause
 from reparam_diffusion.jobs.fold import WAITING
 from reparam_diffusion.jobs.ray_note import read_note
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import is_out_of_memory
-from reparam_diffusion.training.processes import Processes, are_many, is_first, join_processes, leave_processes, rank_of
+from reparam_diffusion.training.processes import (
+    PeerLost,
+    Processes,
+    are_many,
+    is_first,
+    join_processes,
+    leave_processes,
+    rank_of,
+)
 
 MODULE = "reparam_diffusion.jobs.worker"
 LOOK_AGAIN = 0.5  # seconds between two tries for the device
@@ -54,7 +64,8 @@ def work(
 ) -> Iterator[e.Event]:
     """Train the run in `folder` and yield its events, each written to events.jsonl first. Errors come as Failed.
 
-    Raises UserError before the first event when another process works on the run. Requests left from before are
+    Raises UserError before the first event when another process works on the run, and NothingToDo when the run is
+    finished. Requests left from before are
     forgotten unless `keep_requests`. `train` stands in for the loop in tests. A process beside the first yields nothing
     but its failure.
     """
@@ -64,6 +75,7 @@ def work(
         yield from _work_along(config, folder, resume=resume, train=train)
         return
     with locks.hold_run(folder), heeded_signals() as signalled, runs.EventLog(folder) as log:
+        runs.check_unfinished(folder)
         if not keep_requests:
             runs.clear_requests(folder)
 
@@ -103,15 +115,17 @@ def _told(
     """The run's events; whatever goes wrong is the last of them."""
     try:
         yield from _on_device(config, folder, stop, resume=resume, train=train)
+    except PeerLost as error:
+        yield find_cause(folder) or e.Failed(error.what, error.why, error.do)
     except UserError as error:
-        yield e.Failed(error.what, error.why, error.do)
+        yield leave_cause(folder, e.Failed(error.what, error.why, error.do))
     except Exception as error:  # The worker's door: nobody else is left to tell, and the run must not end in silence.
         if is_first():
             with runs.log_file(folder).open("a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
         else:
             traceback.print_exception(error)
-        yield _explained(error, folder)
+        yield leave_cause(folder, _explained(error, folder))
 
 
 def _on_device(
@@ -242,14 +256,16 @@ def launch(folder: Path, *, resume: bool = False) -> int:
     """
     folder = folder.resolve()
     config = runs.read_config(folder)
-    if runs.has_worker(folder):
-        raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
-    runs.clear_requests(folder)
-    command = launchers.command_of(config.launch, MODULE, arguments_of(folder, resume=resume))
-    with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
-        process = start_detached(command, log, share=config.launch.processes)
-        events.append(e.Launched(process.pid, str(folder)))
-    return process.pid
+    with FileLock(folder / ".launch.lock", thread_local=False):  # of two that launch it at once, one does
+        if runs.has_worker(folder):
+            raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        runs.check_unfinished(folder)
+        runs.clear_requests(folder)
+        command = launchers.command_of(config.launch, MODULE, arguments_of(folder, resume=resume))
+        with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
+            process = start_detached(command, log, share=config.launch.processes)
+            events.append(e.Launched(process.pid, str(folder)))
+        return process.pid
 
 
 def arguments_of(folder: Path, *, resume: bool) -> list[str]:

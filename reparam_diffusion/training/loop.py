@@ -38,7 +38,7 @@ from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
 from reparam_diffusion.training.check import check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
-from reparam_diffusion.training.facts import ADAPTER, write_finished
+from reparam_diffusion.training.facts import ADAPTER, steps_of, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
@@ -69,14 +69,19 @@ def train(
 ) -> Iterator[Event]:
     """Train one adapter into `folder` (a new one under workspace/runs by default), yielding what happens.
 
-    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint.
+    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint; a
+    finished run stays as it is, with a warning that there was nothing to do.
     """
+    begun = time.time()
+    check_settings(config)
     folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
-    begun = time.time()
-    check_settings(config)
-    saved = _last_state(folder, config, resume=resume)
+    if resume and steps_of(folder / ADAPTER) == config.training.steps in steps_saved(folder):
+        yield Warned(f"There is nothing to do: this run has done all {config.training.steps} steps.")
+        yield Finished(config.training.steps, ADAPTER, 0.0)
+        return
+    saved = yield from _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
     training = config.training
@@ -114,13 +119,7 @@ def train(
             if asked == "sample":
                 yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from processes.only_main(look.keep(step - 1))
-                if asked == "pause":
-                    yield Paused(step - 1)
-                    return
-                path = look.finish(step - 1)
-                yield from processes.only_main(look.draw(step - 1))
-                yield Stopped(step - 1, path)
+                yield from _ended(look, processes, step - 1, asked)
                 return
             clock = time.perf_counter()
             loss = processes.mean(forward_and_backward(setup, learner, step))
@@ -138,6 +137,17 @@ def train(
         path = look.finish(training.steps)
         yield Saved(training.steps, path, "adapter")
     yield Finished(training.steps, path, time.time() - begun)
+
+
+def _ended(look: _Look, processes: Processes, step: int, asked: str) -> Iterator[Event]:
+    """The end that was asked for: a checkpoint, and unless it is a pause the adapter and its samples."""
+    yield from processes.only_main(look.keep(step))
+    if asked == "pause":
+        yield Paused(step)
+        return
+    path = look.finish(step)
+    yield from processes.only_main(look.draw(step))
+    yield Stopped(step, path)
 
 
 def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
@@ -289,8 +299,11 @@ def _prepared(
     return material
 
 
-def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
-    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
+def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> Generator[Event, None, State | None]:
+    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint.
+
+    Newer checkpoints that are damaged are told.
+    """
     settings = folder / "config.toml"
     if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
@@ -298,11 +311,19 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
         raise UserError(
             f"{folder} holds a run already.", "Its checkpoints would be mixed up.", "Resume it, or take another folder."
         )
-    if not resume or not (folder / "checkpoints").exists():
+    if not resume or not any((folder / "checkpoints").glob("[0-9]*")):
         return None
-    saved = load_checkpoint(folder)
-    if saved["step"] >= config.training.steps:
-        raise UserError("This run is finished.", f"It has done all {saved['step']} steps.", "Start a new one.")
+    saved, damaged = load_checkpoint(folder)
+    if damaged:
+        named = f"step {damaged[0]} is" if len(damaged) == 1 else f"steps {', '.join(map(str, reversed(damaged)))} are"
+        yield Warned(f"The checkpoint of {named} damaged: the run goes on from step {saved['step']}.")
+    if saved["step"] > config.training.steps:
+        raise UserError(
+            f"This run has done {saved['step']} steps.",
+            f"Its settings ask for {config.training.steps}.",
+            "Raise training.steps, or start a new run.",
+            place="training.steps",
+        )
     return saved
 
 
