@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from reparam_diffusion.errors import NothingToDo, UserError
+from reparam_diffusion.errors import NothingToDo, UserError, unknown_name
 from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
 
 if TYPE_CHECKING:
@@ -129,9 +129,9 @@ def inspect(
 ) -> None:
     """Say what an adapter file holds: method, base, ranks, layers, trigger, and keys that match nothing."""
     from reparam_diffusion.gallery.report import report_lines, report_of
-    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.gallery.shelf import locate
 
-    path = Path(file) if Path(file).exists() else find(file, workspace)
+    path = locate(file, workspace)
     report = report_of(path, model or None)
     typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(report_lines(report)))
 
@@ -179,14 +179,15 @@ def _run_folder(run: str, workspace: Path) -> Path:
     """A run by its folder, its name, or "last"."""
     from reparam_diffusion.jobs.runs import list_runs
 
-    if (Path(run) / "config.toml").is_file():
-        return Path(run)
     known = list_runs(workspace)
     for folder in known:
         if run in (folder.name, "last"):
             return folder
-    names = ", ".join(folder.name for folder in known[:5]) or "none yet"
-    raise UserError(f'There is no run called "{run}" in {workspace}.', f"The newest are: {names}.")
+    if run.strip() and (Path(run) / "config.toml").is_file():
+        return Path(run)
+    if not known:
+        raise UserError(f'There is no run called "{run}".', f"{workspace} has no runs yet.", "Train one first.")
+    raise unknown_name("run", run, [folder.name for folder in known])
 
 
 def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -155,6 +156,7 @@ def generate(
         raise UserError("The prompt is empty.", do="Say what to draw.")
     if count < 1:
         raise UserError("The number of pictures must be at least 1.")
+    seed = secrets.randbelow(2**32) if seed == -1 else seed
     weighted, words, to_noise = [], [], False
     for choice in adapters:
         path, strength = _strengths(choice)

@@ -17,7 +17,8 @@ import tomlkit
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from reparam_diffusion.adapters import METHODS, Spec
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
+from reparam_diffusion.validation import describe
 
 PRESETS = Path(__file__).resolve().parent.parent / "presets"
 
@@ -282,45 +283,20 @@ def _over(base: dict[str, Any], layer: Partial) -> dict[str, Any]:
 
 def _told(error: ValidationError, given: Partial) -> UserError:
     """pydantic's complaint in a person's words, with the place and, for unknown keys, the nearest known one."""
-    first = error.errors()[0]
+    first = error.errors(include_url=False)[0]
     words = _place_of(first["loc"])
     place = ".".join(words)
     if first["type"] == "extra_forbidden":
         known = _known_keys(words[:-1], given)
         close = difflib.get_close_matches(words[-1], known, 1, 0.5)
         hint = f'Did you mean "{close[0]}"?' if close else f"Known here: {', '.join(known)}."
-        return UserError(f'{place}: there is no setting called "{words[-1]}".', do=hint, place=place)
+        where = f" in {'.'.join(words[:-1])}" if words[:-1] else ""
+        return UserError(f'There is no setting called "{words[-1]}"{where}.', do=hint, place=place)
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        return UserError(
-            f"{place}.method: there is no such method.",
-            do=f"Choose one of {', '.join(METHODS)}.",
-            place=f"{place}.method",
-        )
-    context = first.get("ctx") or {}
-    words_for = {
-        "greater_than_equal": "must be at least {ge}",
-        "greater_than": "must be more than {gt}",
-        "less_than_equal": "must be at most {le}",
-        "less_than": "must be less than {lt}",
-        "int_parsing": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "int_type": "must be a whole number",
-        "float_parsing": "must be a number",
-        "float_type": "must be a number",
-        "bool_parsing": "must be true or false",
-        "bool_type": "must be true or false",
-        "literal_error": "must be one of {expected}",
-        "string_type": "must be text, in quotes",
-        "list_type": "must be a list",
-        "model_type": "must be a group of settings",
-        "model_attributes_type": "must be a group of settings",
-        "missing": "must be given",
-    }
-    template = words_for.get(first["type"])
-    message = template.format(**context) if template else first["msg"][0].lower() + first["msg"][1:]
-    value = first.get("input")
-    shown = f", not {value!r}" if isinstance(value, str | int | float | bool) else ""
-    return UserError(f"{place}: {message}{shown}.", place=place)
+        name = str((first.get("ctx") or {}).get("tag", ""))
+        return unknown_name("method", name, METHODS, place=f"{place}.method")
+    message = describe(first)
+    return UserError(f"{place} {message}{'' if message.endswith('?') else '.'}", place=place)
 
 
 def _place_of(loc: tuple[int | str, ...]) -> list[str]:
@@ -395,13 +371,16 @@ def adapter_name(config: TrainConfig) -> str:
 
 def find_preset(name: str) -> dict[str, Any]:
     """A preset by its name, or by the path of a .toml file."""
-    file = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
-    if not file.is_file():
-        known = sorted(preset.stem for preset in PRESETS.glob("*.toml"))
-        close = difflib.get_close_matches(name, known, 1, 0.4)
-        hint = f'Did you mean "{close[0]}"?' if close else f"There are: {', '.join(known)}."
-        raise UserError(f'There is no preset called "{name}".', do=hint)
-    return read_settings(file)
+    if name.endswith(".toml"):
+        return read_settings(Path(name).expanduser())
+    if name not in preset_names():
+        raise unknown_name("preset", name, preset_names(), place="preset")
+    return read_settings(PRESETS / f"{name}.toml")
+
+
+def preset_names() -> list[str]:
+    """The names of the bundled presets. No name leads out of their folder."""
+    return sorted(preset.stem for preset in PRESETS.glob("*.toml"))
 
 
 def to_toml(config: TrainConfig) -> str:

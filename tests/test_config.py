@@ -57,12 +57,12 @@ def ruled(**rule) -> dict:
 @pytest.mark.parametrize(
     ("given", "place", "words"),
     [
-        ({"adapter": {"rank": 0}}, "adapter.rank", "adapter.rank: must be at least 1, not 0."),
+        ({"adapter": {"rank": 0}}, "adapter.rank", "adapter.rank must be at least 1, not 0."),
         ({"adapter": {"rank": 2.5}}, "adapter.rank", "must be a whole number"),
         ({"adapter": {"method": "loha", "rank": "many"}}, "adapter.rank", "must be a whole number, not 'many'"),
         ({"adapter": {"rnak": 3}}, "adapter.rnak", 'Did you mean "rank"?'),
         ({"adapter": {"method": "lokr", "facter": 3}}, "adapter.facter", 'Did you mean "factor"?'),
-        ({"adapter": {"method": "lora2"}}, "adapter.method", "Choose one of lora, loha"),
+        ({"adapter": {"method": "lora2"}}, "adapter.method", 'Did you mean "lora"?'),
         ({"adapter": 5}, "adapter", "must be a group of settings"),
         ({"training": {"step": 3}}, "training.step", 'Did you mean "steps"?'),
         ({"trainin": {"steps": 3}}, "trainin", 'Did you mean "training"?'),

@@ -224,7 +224,8 @@ def test_the_studio_loads_another_base_for_another_prediction(workspace: Path) -
 
 
 def test_a_recipe_in_text_keeps_what_it_starts_from(tiny: Path) -> None:
-    from reparam_diffusion.gallery.recipe import from_text, to_text
+    from reparam_diffusion.gallery.infotext import read_infotext
+    from reparam_diffusion.gallery.recipe import to_text
 
     name = images.source_name(picture(8, 8))
     full = recipe(
@@ -236,9 +237,9 @@ def test_a_recipe_in_text_keeps_what_it_starts_from(tiny: Path) -> None:
         negative="x",
         scheduler="DDIM",
     )
-    assert from_text(to_text(full)) == full
+    assert read_infotext(to_text(full)).recipe == full
     text = to_text(recipe(negative="x", scheduler="DDIM")) + ", Denoising strength: 0.7, Mask blur: 4"
-    assert not from_text(text).image  # A1111's own pictures name none
+    assert not read_infotext(text).recipe.image  # A1111's own pictures name none
 
 
 def test_a_see_through_mask_is_black_where_it_is_clear(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from test_gallery_index import put
 
 from reparam_diffusion.errors import UserError
@@ -41,6 +42,14 @@ def tab(tmp_path_factory: pytest.TempPathFactory) -> GenerateTab:
     assert [images.keep_source(one, workspace) for one in (PICTURE, MASK)] == KEPT
     with gr.Blocks(analytics_enabled=False):
         return build_generate_tab(workspace)
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The warnings that the page shows."""
+    shown: list[str] = []
+    monkeypatch.setattr(gr, "Warning", shown.append)
+    return shown
 
 
 def values_of(tab: GenerateTab, updates: form.Updates | None = None) -> dict[Any, Any]:
@@ -92,7 +101,30 @@ def test_an_adapter_that_is_off_is_left_out_and_a_tag_in_the_prompt_counts(tab: 
     held |= {tab.controls.prompt: "a toy <lora:teddy:0.3:0.1>", tab.controls.rows[0].on: False}
     recipe = form.read_recipe(tab.controls, held, tab.workspace, seed=1)
     assert recipe.prompt == "a toy"
-    assert recipe.adapters == (Use(name="style"), Use(name="teddy", strength=0.3, te_strength=0.1))
+    assert recipe.adapters == (Use(name="style"), Use(name="teddy", strength=0.1, te_strength=0.3))  # as in A1111
+
+
+def test_adapters_beyond_the_rows_are_kept_in_the_prompt(tab: GenerateTab, warned: list[str]) -> None:
+    uses = tuple(Use(name="teddy", strength=n / 10, te_strength=0.25) for n in range(form.MOST_ADAPTERS + 3))
+    recipe = Recipe(prompt="a toy", negative="", steps=2, guidance=1.0, width=64, height=64, adapters=uses)
+    file = images.save_picture(PICTURE, recipe.model_copy(update={"scheduler": "DDIM"}), tab.workspace / "many.png")
+    held = values_of(tab, restore(tab, file))
+    assert form.read_recipe(tab.controls, held, tab.workspace, seed=0).adapters == uses
+    assert any("other 3" in text for text in warned)
+
+
+def test_what_an_image_of_another_program_has_and_is_not_used_is_shown(tab: GenerateTab, warned: list[str]) -> None:
+    note = PngInfo()
+    tags = "<lora:teddy:0.3:1:lbw=X> <lora:gone:1>"
+    note.add_text(
+        "parameters", f"a cat {tags}\nSteps: 20, Sampler: LMS, Seed: 1, CFG scale: 7, Size: 512x512, Model: m"
+    )
+    PICTURE.save(tab.workspace / "other.png", pnginfo=note)
+    held = values_of(tab, restore(tab, tab.workspace / "other.png"))
+    assert held[tab.controls.rows[0].strength] == 1.0 and held[tab.controls.rows[0].te] == 0.3
+    for words in ("lbw=", "LMS", "gone", "base model"):
+        assert any(words in text for text in warned), words
+    assert not any("<lora" in text for text in warned)  # toasts are HTML
 
 
 def test_trying_an_adapter_starts_at_its_preferred_strength_with_words_that_call_it(tab: GenerateTab) -> None:

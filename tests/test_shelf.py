@@ -70,8 +70,11 @@ def test_notes_carry_the_sidecar_keys_of_a1111(tmp_path: Path) -> None:
 
 def test_an_adapter_is_found_by_every_name_it_has(tmp_path: Path) -> None:
     added = shelved(tmp_path, name="Mein Bär")
-    for name in ("Mein Bär", "mein bär", "mein-bär", "mein-bär.safetensors", str(added)):
-        assert shelf.find(name, tmp_path) == added
+    for name in ("Mein Bär", "mein bär", "mein-bär", "mein-bär.safetensors"):
+        assert shelf.find(name, tmp_path) == shelf.locate(name, tmp_path) == added
+    assert shelf.locate(str(added), tmp_path) == added
+    with pytest.raises(UserError):  # a path is no name: pages and other programs use `find`
+        shelf.find(str(added), tmp_path)
 
 
 def test_a_wrong_name_is_told_the_nearest(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from reparam_diffusion.config import ModelSettings, TrainConfig, read_settings, 
 from reparam_diffusion.jobs import presets
 from reparam_diffusion.training.cards import cards
 from ui import starting
+from ui.door import inform
 from ui.form import Form
 from ui.models import by_path, draw_models
 
@@ -116,14 +116,14 @@ def _model_control(workspace: Path, start: TrainConfig) -> gr.Dropdown:
 def saved(workspace: Path, settings: Mapping[str, Any], title: str) -> dict[str, Any]:
     """Keep what the form shows as a preset; the update of the list of presets. Any: gradio's updates."""
     name = presets.save(settle(starting.layer_of(settings)), workspace, title=title)
-    gr.Info(f"Saved. Choose “{escape(title.strip())} (yours)” to start from it.")
+    inform(f"Saved. Choose “{title.strip()} (yours)” to start from it.")
     return gr.update(choices=presets.choices(workspace), value=name)
 
 
 def deleted(workspace: Path, name: str) -> dict[str, Any]:
     """Move a preset to the bin; the update of the list of presets. Any: gradio's updates."""
     place = presets.remove(name, workspace)
-    gr.Info(f"Moved to {escape(str(place.relative_to(workspace)))}.")
+    inform(f"Moved to {place.relative_to(workspace)}.")
     return gr.update(choices=presets.choices(workspace), value=presets.FIRST)
 
 

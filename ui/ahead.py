@@ -40,7 +40,8 @@ class Ahead:
 def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str, Any]) -> Ahead:
     """What can be told now; what is not known is being found out when this returns. Any: settings of all types."""
     try:
-        mine = runs.with_start(settle(starting.layer_of(settings)), workspace)
+        mine = starting.resolve_start(settle(starting.layer_of(settings)), workspace)
+        mine = runs.with_start(mine, workspace)
         outline(mine.model.path)
         count_further(mine.data)
     except UserError:  # a mistake in the settings is told at its control when Start is pressed

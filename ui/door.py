@@ -54,6 +54,16 @@ def guarded(handler: Callable[P, R], workspace: Path, *, plain: bool = False) ->
     return told
 
 
+def warn(message: str) -> None:
+    """Show a warning with its text as it is: toasts are HTML."""
+    gr.Warning(html.escape(message))
+
+
+def inform(message: str) -> None:
+    """Show a message with its text as it is: toasts are HTML."""
+    gr.Info(html.escape(message))
+
+
 def _plain(what: str, rest: str, *, seconds: float | None = 12) -> gr.Error:
     """The same without markup: a program prints it as it is."""
     return gr.Error(f"{what} {rest}".strip(), duration=seconds, title="Please note", print_exception=False)

@@ -163,6 +163,12 @@ class Form:
             self.controls[place]: gr.update(value=value) for place, value in values.items() if place in self.controls
         }
 
+    def name_setting(self, message: str, place: str, control: str) -> str:
+        """An error's message with the setting at its begin ("training.steps must ...") called as its control is."""
+        label = getattr(self.controls.get(control), "label", "") or ""
+        start = f"{place} "
+        return f"{label} {message.removeprefix(start)}" if place and label and message.startswith(start) else message
+
     def marked(self, place: str, message: str) -> dict[gr.components.Component, Any]:
         """Updates that put a mistake's message at its control. Any: gradio's updates."""
         control = self.controls[place]

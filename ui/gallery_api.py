@@ -22,7 +22,9 @@ def add_gallery_api(workspace: Path) -> None:
 
     def gallery(query: str = "", sort: str = "newest", base: str = "", method: str = "", limit: int = 100) -> list[Row]:
         """The adapters that have all words of the query; sort is newest, oldest, name or largest."""
-        found = catalog.keep(catalog.list_entries(workspace), base=base, method=method)
+        entries = catalog.list_entries(workspace)
+        catalog.require_filters(entries, base=base, method=method)
+        found = catalog.keep(entries, base=base, method=method)
         return [catalog.row_of(entry) for entry in catalog.sort(catalog.search(found, query), sort)[: max(0, limit)]]
 
     def gallery_details(stem: str) -> Row:

@@ -13,16 +13,20 @@ import gradio as gr
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import images, shelf
+from reparam_diffusion.gallery.image_metadata import read_metadata
 from reparam_diffusion.gallery.recipe import Recipe
 from reparam_diffusion.jobs import studio
 from reparam_diffusion.jobs.overview import Overview
 from reparam_diffusion.models.glance import glance_at
 from ui import generate_form as form
 from ui import generate_view
+from ui.door import warn
 from ui.generate_form import AdapterRow, Controls, Updates, Values
 from ui.generate_grid import GridControls
 from ui.generate_start import start_with
 
+MOST_NOTES = 6
+"""How many notes on a restored image are shown."""
 OFTEN, SELDOM = 0.5, 3.0  # seconds between two looks while something is drawn, and otherwise
 
 
@@ -102,8 +106,11 @@ def start_drawing(tab: GenerateTab, values: Values, make: Callable[[Values, Reci
 
 
 def restore(tab: GenerateTab, file: Path) -> Updates:
-    """Every control as a picture says."""
-    return _refilled(tab, images.settings_of(file))
+    """Every control as an image says; what is not used of it is shown."""
+    found = read_metadata(file)
+    for note in found.notes[:MOST_NOTES]:
+        warn(note)
+    return _refilled(tab, found.recipe)
 
 
 def _refilled(tab: GenerateTab, recipe: Recipe) -> Updates:
@@ -114,13 +121,16 @@ def _refilled(tab: GenerateTab, recipe: Recipe) -> Updates:
             studio.adapter_file(use.name, tab.workspace)
             known.append(use)
         except UserError:
-            gr.Warning(f"The adapter “{escape(use.name)}” is not in the gallery; it was left out.")
+            warn(f"The adapter “{use.name}” is not in the gallery; it was left out.")
+    if len(known) > form.MOST_ADAPTERS:
+        more = len(known) - form.MOST_ADAPTERS
+        warn(f"There are {form.MOST_ADAPTERS} adapter rows; the other {more} are in the prompt, as <lora:…> tags.")
     updates = form.show_recipe(tab.controls, recipe.model_copy(update={"adapters": tuple(known)}), tab.workspace)
     if not form.is_model_known(recipe.model, tab.workspace):
-        gr.Warning(f"The base model “{escape(recipe.model)}” is not known here; the one that is chosen stays.")
+        warn(f"The base model “{recipe.model}” is not known here; the one that is chosen stays.")
         updates[tab.controls.model] = gr.skip()
     if recipe.vae and not form.is_vae_known(recipe.vae, tab.workspace):
-        gr.Warning(f"The VAE “{escape(recipe.vae)}” is not known here; the model's own is taken.")
+        warn(f"The VAE “{recipe.vae}” is not known here; the model's own is taken.")
         updates[tab.controls.vae] = ""
     return updates
 

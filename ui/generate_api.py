@@ -17,7 +17,7 @@ from reparam_diffusion.gallery.recipe import make_recipe
 from reparam_diffusion.jobs import studio
 from reparam_diffusion.models.habits import DENOISE
 from ui import fragments
-from ui.door import guarded
+from ui.door import guarded, warn
 
 LOOK_AGAIN = 0.2  # seconds
 PATIENCE = 600.0  # seconds
@@ -59,7 +59,7 @@ def add_endpoint(workspace: Path) -> None:
         for name, file in (("image", image), ("mask", mask)):
             if file is not None:
                 values[name] = images.keep_file(_sent(file), workspace, is_mask=name == "mask")
-        recipe = make_recipe({**values, "adapters": [_use(one) for one in adapters or []]})
+        recipe = make_recipe({**values, "adapters": [_use(one) for one in adapters or []]}, note=warn)
         if not 1 <= count <= studio.MOST_PICTURES:
             raise UserError(f"{count} pictures cannot be drawn.", do=f"Ask for 1 to {studio.MOST_PICTURES}.")
         recipes = tuple(recipe.model_copy(update={"seed": recipe.seed + n}) for n in range(count))

@@ -12,9 +12,10 @@ import gradio as gr
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import notes, shelf
-from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe
+from reparam_diffusion.gallery.recipe import Recipe, Use, make_recipe, write_tag
 from reparam_diffusion.models.glance import Glance, glance_at
 from reparam_diffusion.models.schedulers import SCHEDULERS
+from ui.door import warn
 from ui.generate_start import StartControls, read_start, show_start
 from ui.models import by_name, draw_models
 
@@ -207,7 +208,8 @@ def read_recipe(controls: Controls, values: Values, workspace: Path, *, seed: in
         {name: values[getattr(controls, name)] for name in names}
         | {"scheduler": values[controls.scheduler] or "", "clip_skip": values[controls.clip_skip] or 0}
         | {"vae": (values[controls.vae] or "").strip(), **read_start(controls.start, values, workspace)}
-        | {"adapters": adapters, "seed": seed}
+        | {"adapters": adapters, "seed": seed},
+        note=warn,
     )
 
 
@@ -216,7 +218,7 @@ def show_recipe(controls: Controls, recipe: Recipe, workspace: Path) -> Updates:
     """Every control as this recipe has it; the seed stays fixed, and one picture is drawn."""
     seen = glance_at(model_path(recipe.model, workspace))
     updates: Updates = {
-        controls.prompt: recipe.prompt,
+        controls.prompt: " ".join([recipe.prompt, *map(write_tag, recipe.adapters[MOST_ADAPTERS:])]),
         controls.negative: seen.habits.negative if recipe.negative is None else recipe.negative,
         controls.new_seed: False,
         controls.seed: recipe.seed,

@@ -22,7 +22,7 @@ from reparam_diffusion.models.glance import Glance
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.start import fitting_size
 from ui import fragments
-from ui.door import QUIET, guarded
+from ui.door import QUIET, guarded, warn
 
 PAINT, COVERS = (15, 118, 110), 0.6
 """The brush's colour, and how much it hides; what is below it is drawn anew."""
@@ -129,7 +129,7 @@ def show_start(start: StartControls, recipe: Recipe, workspace: Path) -> Updates
     try:
         picture, mask = images.open_sources(recipe, workspace)
     except UserError:
-        gr.Warning("The picture that this one was started from is not here; it was left out.")
+        warn("The picture that this one was started from is not here; it was left out.")
         return _nothing(start)
     assert picture is not None
     shown = _shown(start, recipe.image, picture)

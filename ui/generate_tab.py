@@ -6,7 +6,6 @@ A timer looks at the request's folder, so a reload loses nothing and several bro
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from reparam_diffusion.jobs.overview import Overview
 from reparam_diffusion.models.glance import glance_at
 from ui import generate_form as form
 from ui import generate_grid, generate_view
-from ui.door import QUIET, guarded
+from ui.door import QUIET, guarded, inform
 from ui.generate_acts import (
     SELDOM,
     GenerateTab,
@@ -84,7 +83,7 @@ def build_generate_tab(workspace: Path) -> GenerateTab:
                 dropped = gr.File(
                     label="A picture whose settings to use",
                     show_label=False,
-                    file_types=[".png"],
+                    file_types=[".png", ".jpg", ".jpeg", ".webp"],
                     height=92,
                     elem_id="drop-picture",
                 )
@@ -237,7 +236,7 @@ def _connect_restoring(tab: GenerateTab) -> None:
         if request is None or not values[tab.chosen]:
             raise UserError("No strength is chosen.", do="Press one under the pictures.")
         keep_preferred(workspace, request.about, float(values[tab.chosen]))
-        gr.Info(f"{escape(studio_grid.short_name(request.about))} now starts at strength {values[tab.chosen]}.")
+        inform(f"{studio_grid.short_name(request.about)} now starts at strength {values[tab.chosen]}.")
         return {tab.keep: gr.update(visible=False)}
 
     seen, model = {tab.drawing, tab.chosen, tab.shown}, tab.controls.model

@@ -9,7 +9,7 @@ import gradio as gr
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import settle
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.jobs import datasets, presets, queue, runs
 from reparam_diffusion.jobs.fold import RunState
 from reparam_diffusion.jobs.overview import Overview
@@ -43,7 +43,7 @@ def add_runs_api(workspace: Path, overview: Overview) -> None:
         """Ask a run to stop, pause, resume or sample (draw previews now)."""
         folder = overview.find(name)
         if request not in ASKS:
-            raise UserError(f'A run cannot be asked to "{request}".', do=f"Ask for one of {', '.join(ASKS)}.")
+            raise unknown_name("request", request, ASKS)
         ASKS[request](folder)
         return row_of(folder, overview.state_of(folder))
 
@@ -86,7 +86,7 @@ def train_on(workspace: Path, files: list[Path], settings: Row) -> Path:
     given = dict(settings)
     method, preset = str(given.pop("method", "lora")), str(given.pop("preset", presets.FIRST))
     if method not in METHODS:
-        raise UserError(f'There is no method called "{method}".', do=f"Choose one of {', '.join(METHODS)}.")
+        raise unknown_name("method", method, METHODS, place="method")
     if "data.images" in given:
         raise UserError("data.images cannot be set here.", do="Send the pictures along.", place="data.images")
     kind, card = str(given.get("data.kind", "subject")), str(given.pop("card", ""))

@@ -82,6 +82,7 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
         raise UserError(
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
+    config = resolve_start(config, workspace)
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
@@ -95,6 +96,31 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
     run = runs.create_run(config.model_copy(update={"data": data}), workspace, now=datetime.datetime.now())
     queue.submit(run)
     return run
+
+
+def resolve_start(config: TrainConfig, workspace: Path) -> TrainConfig:
+    """The settings with the file of the adapter to continue from, which the page knows by its name in the gallery.
+
+    A path is taken only inside the workspace's adapters and runs, as "Train again" shows it. Raises UserError.
+    """
+    name = config.training.start_from.strip()
+    if not name:
+        return config
+    place, homes = Path(name).resolve(), (shelf.shelf_of(workspace).resolve(), (workspace / "runs").resolve())
+    if not (Path(name).is_absolute() and any(place.is_relative_to(home) for home in homes)):
+        if "/" in name or "\\" in name or name.startswith("~"):
+            raise UserError(
+                f'"{name}" is not an adapter of the gallery.',
+                "The page opens no file by its path.",
+                "Import it into the gallery, and give its name there.",
+                place="training.start_from",
+            )
+        try:
+            place = shelf.find(name, workspace)
+        except UserError as error:
+            raise UserError(error.what, error.why, error.do, place="training.start_from") from None
+    training = config.training.model_copy(update={"start_from": str(place)})
+    return config.model_copy(update={"training": training})
 
 
 def on_from(workspace: Path, stem: str) -> dict[str, Any]:

@@ -289,10 +289,11 @@ def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Pa
         settings = form.settings(form.read(values))
         run = starting.start_run(workspace, chosen_of(workspace, values[tab.pictures.draft]), settings)
     except UserError as error:
-        updates[tab.trouble] = f'<p class="callout bad" role="alert"><strong>{escape(str(error))}</strong></p>'
         place = starting.at_control(error.place, method)
+        message = form.name_setting(str(error), error.place, place)
+        updates[tab.trouble] = f'<p class="callout bad" role="alert"><strong>{escape(message)}</strong></p>'
         if place in form.controls:
-            mark = form.marked(place, str(error).removeprefix(f"{error.place}: "))
+            mark = form.marked(place, message)
             updates |= {**mark, tab.marked: [place, values[form.controls[place]]]}
             if place in form.fields or place == "model.path":
                 group = place.partition(".")[0]

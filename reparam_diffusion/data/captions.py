@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
 
 from reparam_diffusion.data.images import Picture
+from reparam_diffusion.data.text_files import name_script
 from reparam_diffusion.errors import UserError
 
 PLACEHOLDERS = ("trigger", "class", "a class", "background")
@@ -86,7 +88,40 @@ def shuffled(caption: str, keep: int, generator: torch.Generator) -> str:
 
 def words_of(caption: str) -> list[str]:
     """A caption's words in lower case, without punctuation."""
-    return re.findall(r"[^\W_]+(?:['’_-][^\W_]+)*", caption.lower())
+    text = unicodedata.normalize("NFC", caption.lower())  # "ä" as two code points would end a word
+    return re.findall(r"[^\W_]+(?:['’_-][^\W_]+)*", text)
+
+
+def replace_words(text: str, old: str, new: str) -> str:
+    """The text with `old` replaced by `new` where it stands as whole words, in any Unicode form and spacing."""
+    words = unicodedata.normalize("NFC", old).split()
+    if not words:
+        return text
+    plain = unicodedata.normalize("NFC", text)
+    parts, end = [], 0
+    for found in re.finditer(r"\s+".join(re.escape(word) for word in words), plain):
+        if _is_joined(plain, found.start()) or _is_joined(plain, found.end()):
+            continue
+        parts += [plain[end : found.start()], new]
+        end = found.end()
+    return "".join([*parts, plain[end:]]) if parts else text
+
+
+def _is_joined(text: str, at: int) -> bool:
+    """Whether the characters around a position belong to one word.
+
+    Chinese and Japanese have no spaces between words: a change of script ends one there.
+    """
+    before, after = text[at - 1 : at] if at else "", text[at : at + 1]
+    if not (_is_of_word(before) and _is_of_word(after)):
+        return False
+    scripts = {name_script(before), name_script(after)}
+    return len(scripts) == 1 or not scripts & {"CJK", "HIRAGANA", "KATAKANA"}
+
+
+def _is_of_word(letter: str) -> bool:
+    """Letters, digits, the underscore, and marks on letters such as vowel signs."""
+    return bool(letter) and (letter.isalnum() or letter == "_" or unicodedata.category(letter).startswith("M"))
 
 
 def common_words(captions: Sequence[str]) -> list[str]:

@@ -31,6 +31,7 @@ def look_over(
     `expected` are words that all captions may well share: the class word and the base model's caption template.
     """
     return [
+        *_about_encodings(pictures),
         *_about_refusals(refused),
         *_about_captions(pictures, captions, trigger, expected),
         *_about_sizes(pictures, resolution),
@@ -46,6 +47,20 @@ def _about_refusals(refused: Sequence[Refused]) -> list[str]:
         said.append(f"{len(others) - 10} more files are left out.")
     if twins:
         said.append(f"{_count(len(twins), 'duplicate is', 'duplicates are')} left out: {some_of(twins)}.")
+    return said
+
+
+def _about_encodings(pictures: Sequence[Picture]) -> list[str]:
+    """Caption files whose encoding was detected, with a sample of what was read."""
+    said = []
+    for encoding in dict.fromkeys(picture.encoding for picture in pictures if picture.encoding):
+        having = [picture for picture in pictures if picture.encoding == encoding]
+        sample = max((picture.caption or "" for picture in having), key=lambda text: sum(c > "\x7f" for c in text))
+        files = _count(len(having), "caption file is", "caption files are")
+        said.append(
+            f"{files} not UTF-8 and read as {encoding}, such as “{sample[:60]}” ({some_of(having)}). "
+            "Save as UTF-8 if this is wrong."
+        )
     return said
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import re
 import struct
 import threading
 import warnings
@@ -17,7 +16,9 @@ from typing import Final
 from PIL import Image, UnidentifiedImageError
 
 from reparam_diffusion.data import rgb
-from reparam_diffusion.data.sidecars import MASK_ENDING, find_mask, find_sidecar, is_mask, read_caption
+from reparam_diffusion.data.sidecars import Sidecars, match_sidecars
+from reparam_diffusion.data.source_files import Files, sort_source
+from reparam_diffusion.data.text_files import Text, read_texts
 from reparam_diffusion.errors import UserError
 
 MOST_MEGAPIXELS = 120
@@ -27,7 +28,6 @@ FIRST_FRAME = "first frame of an animation"
 EMPTY_CAPTION = "its caption file is empty"
 DUPLICATE = "It is the same picture as"  # how a duplicate's refusal begins
 
-_IGNORED = {".txt", ".caption", ".json", ".toml", ".md", ".csv", ".yaml", ".yml", ".ini", ".db", ".npz", ".safetensors"}
 # No EPS (it runs Ghostscript) and no format that is known by its ending alone.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD", "QOI")
 # What Pillow and pillow-heif raise for broken files; each was seen in their decoders.
@@ -58,7 +58,11 @@ class Picture:
     caption: str | None = None
     notes: tuple[str, ...] = ()
     mask: Path | None = None
-    """The mask that lies beside it."""
+    """Its mask file."""
+    encoding: str = ""
+    """The encoding in which its caption file was read, where that was detected; empty for UTF-8."""
+    given_name: str = ""
+    """The file name that the user gave it, where a copy has another one."""
 
 
 @dataclass(frozen=True)
@@ -83,32 +87,80 @@ class Opened:
     notes: tuple[str, ...]
 
 
-def find_pictures(source: str | Path | Sequence[str | Path], *, least_side: int) -> tuple[list[Picture], list[Refused]]:
-    """Every usable picture of a folder (not of its sub-folders) or of a list of files, and what was refused.
+@dataclass(frozen=True)
+class Reading:
+    """What was read of files: `others` are captions and masks by position among the images known `earlier`."""
 
-    `least_side` is the fewest pixels a shorter side may have. Raises UserError when nothing usable is left.
+    pictures: list[Picture]
+    refused: list[Refused]
+    others: dict[int, Picture]
+    unmatched: list[Path]
+
+
+def find_pictures(
+    source: str | Path | Sequence[str | Path], *, least_side: int, look_beside: bool = True
+) -> tuple[list[Picture], list[Refused]]:
+    """Every usable image of a folder (not of its sub-folders) or of a list of files, and what is not used, with why.
+
+    `least_side` is the fewest pixels a shorter side may have. Captions and masks are looked for in the same folder, for
+    a list only with `look_beside`. Raises UserError when nothing usable is left.
     """
-    files = files_of(source)
+    reading = read_images(sort_source(source, look_beside=look_beside), least_side=least_side)
+    if not reading.pictures:
+        reasons = "; ".join(f"{bad.path.name}: {bad.why.rstrip('.')}" for bad in reading.refused)
+        raise UserError(
+            "None of the pictures can be used.", f"{reasons}.", "Choose other pictures.", place="data.images"
+        )
+    return reading.pictures, reading.refused
+
+
+def read_images(files: Files, *, least_side: int, earlier: Sequence[Picture] = ()) -> Reading:
+    """Open images and match captions and masks with them, and with `earlier` images where none of these fits."""
+    names = [picture.path.with_name(picture.given_name or picture.path.name) for picture in earlier]
+    matched = match_sidecars(files.images, [*files.sidecars, *files.beside], earlier=names)
+    texts = read_texts([file for file in matched.captions if file])
     pictures: list[Picture] = []
     refused: list[Refused] = []
     first_with: dict[str, str] = {}
-    for file in files:
+    for at, file in enumerate(files.images):
         try:
             picture = _look_at(file, least_side)
         except UserError as error:
             refused.append(Refused(file, " ".join(part for part in (error.why, error.do) if part)))
             continue
         if picture.hash in first_with:
-            refused.append(Refused(file, f"{DUPLICATE} {first_with[picture.hash]}. Remove one of them."))
+            caption = matched.captions[at]
+            lost = f" Its caption {caption.name} is not used." if caption and caption not in matched.shared else ""
+            refused.append(Refused(file, f"{DUPLICATE} {first_with[picture.hash]}. Remove one of them.{lost}"))
             continue
         first_with[picture.hash] = file.name
-        pictures.append(picture)
-    if not pictures:
-        reasons = "; ".join(f"{bad.path.name}: {bad.why.rstrip('.')}" for bad in refused)
-        raise UserError(
-            "None of the pictures can be used.", f"{reasons}.", "Choose other pictures.", place="data.images"
-        )
-    return pictures, refused
+        pictures.append(_add_sidecars(picture, matched, at, texts))
+    start = len(files.images)
+    others = {
+        at: _add_sidecars(replace(picture, caption=None, mask=None), matched, start + at, texts)
+        for at, picture in enumerate(earlier)
+        if matched.captions[start + at] or matched.masks[start + at]
+    }
+    beside = set(files.beside)
+    unmatched = [(file, why) for file, why in matched.unused if file not in beside]
+    refused += [Refused(file, why) for file, why in (*unmatched, *files.unused)]
+    return Reading(pictures, refused, others, [file for file, _ in unmatched])
+
+
+def _add_sidecars(picture: Picture, matched: Sidecars, at: int, texts: dict[Path, Text]) -> Picture:
+    """The image with its caption and mask, and with notes about a caption that needs a look."""
+    file, mask = matched.captions[at], matched.masks[at]
+    picture = replace(picture, mask=mask)
+    notes = [f"{shared.name} serves all images of its name" for shared in matched.shared if shared in (file, mask)]
+    if file is None:
+        return replace(picture, notes=(*picture.notes, *notes))
+    text = texts[file]
+    caption = " ".join(text.text.split())
+    if text.problem:
+        notes.append(f"its caption {file.name} is not used: {text.problem}")
+    elif not caption:
+        notes.append(EMPTY_CAPTION)
+    return replace(picture, caption=caption or None, encoding=text.encoding, notes=(*picture.notes, *notes))
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -132,53 +184,6 @@ def unchanged(opened: Opened, path: Path, known: str) -> Opened:
     return opened
 
 
-def files_of(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The files to look at, in natural order for a folder, as given for a list. Masks beside pictures are none."""
-    files = _listed(source)
-    stems = {file.stem for file in files}
-    return [file for file in files if not (is_mask(file) and file.stem.removesuffix(MASK_ENDING) in stems)]
-
-
-def _listed(source: str | Path | Sequence[str | Path]) -> list[Path]:
-    if isinstance(source, str | Path):
-        if not str(source).strip():
-            raise UserError("No pictures were chosen.", do="Choose a folder or some files.", place="data.images")
-        path = Path(source).expanduser()
-        return _folder(path) if not path.is_file() else [path]
-    files: list[Path] = []
-    for entry in (entry for entry in source if str(entry).strip()):
-        path = Path(entry).expanduser()
-        files += _folder(path) if path.is_dir() else [path]
-    if not files:
-        raise UserError("No pictures were chosen.", do="Choose a folder or some files.", place="data.images")
-    return files
-
-
-def _folder(folder: Path) -> list[Path]:
-    """A folder's files in natural order, without hidden ones, captions and settings."""
-    if not folder.is_dir():
-        raise UserError(f"There is no folder {folder}.", do="Check the path.", place="data.images")
-    try:
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"The folder {folder} cannot be read.", f"{error.strerror}.", place="data.images") from None
-    inner = [entry.name for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if not entry.is_dir() and entry.suffix.lower() not in _IGNORED]
-    if not files:
-        why = f"It has only sub-folders: {', '.join(sorted(inner, key=_natural))}." if inner else "It is empty."
-        if len(entries) > len(inner):
-            why = "It has files, but no picture among them."
-        do = "Choose one of the sub-folders, or put pictures into this one." if inner else "Put pictures into it."
-        raise UserError(f"The folder {folder} holds no pictures.", why, do, place="data.images")
-    return sorted(files, key=lambda file: _natural(file.name))
-
-
-def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
-    """A sort key by which picture2 comes before picture10."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
-    return [(0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts], name
-
-
 def _look_at(file: Path, least_side: int) -> Picture:
     """What there is to know about one picture; decodes it whole, so that what is found here also opens later."""
     opened = open_file(file)
@@ -189,17 +194,7 @@ def _look_at(file: Path, least_side: int) -> Picture:
             f"It is {width} × {height} pixels, and the shorter side needs at least {least_side}.",
             "Use a larger picture.",
         )
-    picture = Picture(file, width, height, opened.hash, None, opened.notes, find_mask(file))
-    sidecar = find_sidecar(file)
-    if sidecar is None:
-        return picture
-    try:
-        caption = read_caption(sidecar)
-    except OSError as error:
-        return replace(picture, notes=(*picture.notes, f"its caption {sidecar.name} cannot be read: {error.strerror}"))
-    if not caption:
-        return replace(picture, notes=(*picture.notes, EMPTY_CAPTION))
-    return replace(picture, caption=caption)
+    return Picture(file, width, height, opened.hash, None, opened.notes)
 
 
 def open_file(file: Path) -> Opened:

@@ -16,8 +16,9 @@ from PIL import Image, ImageChops
 from torch import Tensor
 
 from reparam_diffusion.data.buckets import Size, fit
-from reparam_diffusion.data.images import Opened, Picture, files_of, open_file, unchanged
-from reparam_diffusion.data.sidecars import MASK_ENDING
+from reparam_diffusion.data.images import Opened, Picture, Refused, open_file, unchanged
+from reparam_diffusion.data.sidecars import MASK_ENDING, match_name
+from reparam_diffusion.data.source_files import list_masks
 from reparam_diffusion.errors import UserError
 
 ALPHA, BESIDE = "alpha", "beside"
@@ -53,15 +54,13 @@ def mask_files(
 ) -> list[Path]:
     """Each picture's mask file, beside it or in the folder `masks`. Raises UserError naming those that have none.
 
-    In a folder names are compared as they are `spelled`.
+    In a folder names are compared as in `match_name`, then as they are `spelled`.
     """
     if masks == BESIDE:
         found = [picture.mask for picture in pictures]
         where = f"beside it, named like {pictures[0].path.stem}{MASK_ENDING}.png"
     else:
-        by_name = _by_name(Path(masks).expanduser(), place, spelled)
-        stems = [picture.path.stem for picture in pictures]
-        found = [by_name.get(spelled(stem)) or by_name.get(spelled(f"{stem}{MASK_ENDING}")) for stem in stems]
+        found = _match_folder(pictures, Path(masks).expanduser(), place, spelled)
         where = f"of its own name in {masks}"
     missing = [picture.path.name for picture, file in zip(pictures, found, strict=True) if file is None]
     if missing:
@@ -75,19 +74,59 @@ def mask_files(
     return [file for file in found if file is not None]
 
 
-def _by_name(folder: Path, place: str, spelled: Callable[[str], str]) -> dict[str, Path | None]:
-    """A folder's masks by name; None where different names are spelled alike, as nobody can tell which one is meant."""
+def find_unused_masks(pictures: Sequence[Picture], masks: str, *, place: str) -> list[Refused]:
+    """The files of a folder of masks that belong to no picture; none where masks are elsewhere."""
+    if masks in ("", ALPHA, BESIDE):
+        return []
+    folder = Path(masks).expanduser()
+    used = _match_folder(pictures, folder, place, str)
+    why = f"It is in the folder of masks {folder}, but there is no image of its name."
+    return [Refused(file, why) for file in _list_masks(folder, place) if file not in used]
+
+
+def _match_folder(
+    pictures: Sequence[Picture], folder: Path, place: str, spelled: Callable[[str], str]
+) -> list[Path | None]:
+    """Each picture's mask in a folder. Raises UserError where a name fits several pictures or several masks."""
+    files = _list_masks(folder, place)
+    stems = [file.stem for file in files]
+    owners: dict[Path, Picture] = {}
+    found: list[Path | None] = []
+    for picture in pictures:
+        stem = Path(picture.given_name or picture.path.name).stem
+        if spelled is str or picture.given_name:
+            hits = match_name(f"{stem}{MASK_ENDING}", stems) or match_name(stem, stems)
+        else:  # a copy that has lost its name: only what no other name is spelled like
+            alike = (spelled(f"{stem}{MASK_ENDING}"), spelled(stem))
+            hits = [at for at, name in enumerate(stems) if spelled(name) in alike]
+            hits = hits if len({stems[at] for at in hits}) == 1 else []
+        if len({files[at].read_bytes() for at in hits}) > 1:
+            named = " and ".join(files[at].name for at in hits)
+            raise UserError(
+                f"Several masks could belong to {picture.path.name}.",
+                f"{folder} has {named}.",
+                "Keep the right one.",
+                place=place,
+            )
+        mask = files[hits[0]] if hits else None
+        other = owners.setdefault(mask, picture) if mask else picture
+        if other.path.stem != picture.path.stem or other.path.parent != picture.path.parent:
+            raise UserError(
+                f"{mask.name if mask else ''} could be the mask of several images.",
+                f"Its name fits {other.path} and {picture.path}.",
+                'Put each mask beside its image (a-masklabel.png) and use "beside", or rename the images.',
+                place=place,
+            )
+        found.append(mask)
+    return found
+
+
+def _list_masks(folder: Path, place: str) -> list[Path]:
     try:
-        files = files_of(folder)
+        return list_masks(folder)
     except UserError as error:
         do = 'Give a folder of masks, or write "alpha" or "beside".'
         raise UserError(error.what.replace("pictures", "masks"), error.why, do, place=place) from None
-    by_name: dict[str, Path | None] = {}
-    for file in files:
-        known = by_name.setdefault(spelled(file.stem), file)
-        if known is not None and known.stem != file.stem:
-            by_name[spelled(file.stem)] = None
-    return by_name
 
 
 def _in_alpha(picture: Picture, rest: float, place: str) -> Mask | None:

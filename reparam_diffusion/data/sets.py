@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reparam_diffusion.config import DatasetSettings, DataSettings
-from reparam_diffusion.data.images import Picture, Refused, files_of, find_pictures
-from reparam_diffusion.data.masks import ALPHA, BESIDE, Mask, find_masks
+from reparam_diffusion.data.images import Picture, Refused, find_pictures
+from reparam_diffusion.data.masks import ALPHA, BESIDE, Mask, find_masks, find_unused_masks
+from reparam_diffusion.data.source_files import files_of
 from reparam_diffusion.errors import UserError
 
 
@@ -94,6 +95,7 @@ def _find(source: Source, least_side: int) -> Found:
     except UserError as error:
         raise UserError(error.what, error.why, error.do, place=f"{source.place}.images") from None
     masks = find_masks(pictures, source.masks, rest=source.unmasked_weight, place=f"{source.place}.masks")
+    refused += find_unused_masks(pictures, source.masks, place=f"{source.place}.masks")
     return Found(source, pictures, refused, masks)
 
 

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.adapters.base import METHODS
+from reparam_diffusion.errors import unknown_name
 from reparam_diffusion.gallery import notes, shelf
 from reparam_diffusion.gallery.index import Header, Key, header_of, headers_of
-from reparam_diffusion.gallery.report import bytes_of
+from reparam_diffusion.gallery.report import BASES, bytes_of
 
 Order = Literal["newest", "oldest", "name", "largest"]
 ORDERS: tuple[Order, ...] = get_args(Order)
@@ -115,7 +116,7 @@ def sort(entries: Iterable[Entry], by: str) -> list[Entry]:
             return sorted(entries, key=lambda entry: (_folded(entry.name), entry.stem))
         case "largest":
             return sorted(entries, key=lambda entry: (-entry.bytes, entry.stem))
-    raise UserError(f'The gallery cannot be sorted by "{by}".', do=f"Choose one of {', '.join(ORDERS)}.")
+    raise unknown_name("order", by, ORDERS)
 
 
 def search(entries: Iterable[Entry], query: str) -> list[Entry]:
@@ -139,6 +140,15 @@ def _folded(text: str) -> str:
 def keep(entries: Iterable[Entry], *, base: str = "", method: str = "") -> list[Entry]:
     """The entries for one base model and of one method; "" is any."""
     return [entry for entry in entries if base in ("", entry.base) and method in ("", entry.method)]
+
+
+def require_filters(entries: Iterable[Entry], *, base: str, method: str) -> None:
+    """Raise UserError for a base model or a method that nothing can be of."""
+    if base not in ("", *BASES):
+        raise unknown_name("base model", base, BASES, place="base")
+    known = {*METHODS, *found_methods(entries)}
+    if method and method not in known:
+        raise unknown_name("method", method, known, place="method")
 
 
 def found_bases(entries: Iterable[Entry]) -> list[str]:

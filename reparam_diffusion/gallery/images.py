@@ -8,17 +8,15 @@ import os
 from datetime import datetime
 from pathlib import Path
 
-from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL import Image, ImageChops
 from PIL.PngImagePlugin import PngInfo
-from pydantic import ValidationError
 
 from reparam_diffusion.data.images import open_file, open_picture
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import beside, telling
-from reparam_diffusion.gallery.recipe import Recipe, from_text, to_text, told_of
+from reparam_diffusion.gallery.image_metadata import EXACT, TEXT, read_metadata
+from reparam_diffusion.gallery.recipe import Recipe, to_text, told_of
 
-TEXT, EXACT = "parameters", "reparam"
-"""PNG text chunks: A1111's, which other programs read too, and ours, which loses nothing."""
 SOURCES = "sources"
 """The folder beside the days' where pictures lie that others were begun from, and masks; each by its pixels' hash."""
 _LONGEST = 4096  # pixels of a side that are kept
@@ -55,24 +53,8 @@ def save_picture(picture: Image.Image, recipe: Recipe, file: Path) -> Path:
 
 
 def settings_of(file: Path) -> Recipe:
-    """What a picture was drawn from, by us or by another program. Raises UserError when it does not say."""
-    try:
-        with Image.open(file, formats=["PNG"]) as picture:
-            picture.load()  # text may stand behind the pixels
-            chunks = {key: str(value) for key, value in picture.info.items() if key in (TEXT, EXACT)}
-    except UnidentifiedImageError:
-        raise UserError("This is not a PNG picture.", do="Only PNGs carry their settings.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError("This picture cannot be read.", f"{error}.", "Use another one.") from None
-    try:
-        return Recipe.model_validate_json(chunks[EXACT])
-    except (KeyError, ValidationError):  # another program's, or of another version: its plain text tells the same
-        pass
-    if TEXT not in chunks:
-        raise UserError(
-            "There are no settings in this picture.", "It may have been edited or sent through a chat.", "Use another."
-        )
-    return from_text(chunks[TEXT])
+    """What an image was made from, by us or by another program. Raises UserError when it does not say."""
+    return read_metadata(file).recipe
 
 
 # --- pictures to begin from ------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,15 +13,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.sample import split_tags
-from reparam_diffusion.models.schedulers import SCHEDULERS, down_to_noise, own_name
+from reparam_diffusion.models.lora_tags import parse_tags
+from reparam_diffusion.models.schedulers import down_to_noise, own_name, require_scheduler
 from reparam_diffusion.models.start import fitting_size
+from reparam_diffusion.printable import remove_control
+from reparam_diffusion.validation import explain
 
-_MOST_ADAPTERS = 32
-_LONGEST = 20_000  # characters of a text that is looked into
-_NEGATIVE = "Negative prompt:"
-_SOURCE = re.compile(r"images/sources/[0-9a-f]{24}\.png")
-_PAIR = re.compile(r'\s*(\w[\w \-/]{0,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+MOST_ADAPTERS = 32
+LONGEST = 20_000  # characters of a prompt
+NEGATIVE = "Negative prompt:"
+SOURCE = re.compile(r"images/sources/[0-9a-f]{24}\.png")
 
 
 class _Frozen(BaseModel):
@@ -48,9 +50,9 @@ class Recipe(_Frozen):
     `image` and `mask` are pictures of the workspace by their path in it; `denoise` says how much of them may change.
     """
 
-    prompt: str = Field(min_length=1, max_length=_LONGEST)
-    negative: str | None = Field(None, max_length=_LONGEST)
-    adapters: tuple[Use, ...] = Field((), max_length=_MOST_ADAPTERS)
+    prompt: str = Field(min_length=1, max_length=LONGEST)
+    negative: str | None = Field(None, max_length=LONGEST)
+    adapters: tuple[Use, ...] = Field((), max_length=MOST_ADAPTERS)
     seed: int = Field(0, ge=0, lt=2**63)
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100)
@@ -68,34 +70,47 @@ class Recipe(_Frozen):
     @field_validator("image", "mask")
     @classmethod
     def _lies_in_the_workspace(cls, path: str) -> str:
-        if path and not _SOURCE.fullmatch(path):
-            raise ValueError("it is no picture of this workspace")
+        if path and not SOURCE.fullmatch(path):
+            raise ValueError("it is not an image of this workspace")
         return path
 
     @model_validator(mode="after")
     def _mask_has_its_picture(self) -> Recipe:
         if self.mask and not self.image:
-            raise ValueError("a mask needs the picture that it lies on")
+            raise ValueError("a mask was given without an image")
         return self
 
 
-def make_recipe(values: Mapping[str, Any]) -> Recipe:
+def make_recipe(values: Mapping[str, Any], *, note: Callable[[str], None] | None = None) -> Recipe:
     """A recipe from plain values, <lora:…> tags in the prompt becoming adapters. Raises UserError for a mistake.
 
-    Any: values as a form, a file or another program gives them.
+    `note` gets a sentence for each part of a tag that is not used. Any: values as a form or another program gives them.
     """
-    prompt, tags = split_tags(str(values.get("prompt") or ""))
-    if not prompt:
+    values = {key: remove_control(value) if isinstance(value, str) else value for key, value in values.items()}
+    prompt = parse_tags(str(values.get("prompt") or ""))
+    if note is not None:
+        for sentence in prompt.notes:
+            note(sentence)
+    if not prompt.text:
         raise UserError("The prompt is empty.", do="Say what to draw.")
-    used = [{"name": name, "strength": strength, "te_strength": te} for name, strength, te in tags]
+    used = [{"name": tag.name, "strength": tag.strength, "te_strength": tag.text_strength} for tag in prompt.tags]
+    require_scheduler(str(values.get("scheduler") or ""))
+    if str(values.get("seed")).strip() in ("-1", "-1.0"):  # a random one, as in A1111
+        values["seed"] = secrets.randbelow(2**32)
+    adapters = [*values.get("adapters", ()), *used]
     try:
-        return Recipe.model_validate({**values, "prompt": prompt, "adapters": [*values.get("adapters", ()), *used]})
+        return Recipe.model_validate({**values, "prompt": prompt.text, "adapters": adapters})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(word) for word in first["loc"]).replace("_", " ")
-        message = first["msg"].removeprefix("Value error, ")
-        words = f"{message[0].lower()}{message[1:]}." if place else f"{message[0].upper()}{message[1:]}."
-        raise UserError(f"{place}: {words}" if place else words) from None
+        place, message = explain(error)
+        raise UserError(f"{_name_setting(place)} {message}.".strip(), place=".".join(map(str, place))) from None
+
+
+def _name_setting(place: tuple[int | str, ...]) -> str:
+    """A setting as the form names it: "Steps", "The strength of adapter 2"."""
+    words = [str(word).replace("te_strength", "text encoder strength").replace("_", " ") for word in place]
+    if len(words) == 3 and isinstance(place[1], int):
+        return f"The {words[2]} of adapter {place[1] + 1}"
+    return " ".join(words).capitalize() or "This"
 
 
 def filled(
@@ -129,9 +144,9 @@ def told_of(model: str) -> str:
 
 def to_text(recipe: Recipe) -> str:
     """A1111's text of a recipe whose every value is filled in."""
-    lines = [recipe.prompt + "".join(f" {_tag(use)}" for use in recipe.adapters)]
+    lines = [recipe.prompt + "".join(f" {write_tag(use)}" for use in recipe.adapters)]
     if recipe.negative:
-        lines.append(f"{_NEGATIVE} {recipe.negative}")
+        lines.append(f"{NEGATIVE} {recipe.negative}")
     pairs = {
         "Steps": recipe.steps,
         "Sampler": recipe.scheduler,
@@ -150,43 +165,8 @@ def to_text(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _tag(use: Use) -> str:
+def write_tag(use: Use) -> str:
     """One number where both strengths are the same; A1111 reads two numbers the other way round, so they get names."""
     if use.te_strength is None or use.te_strength == use.strength:
         return f"<lora:{use.name}:{use.strength:g}>"
     return f"<lora:{use.name}:te={use.te_strength:g}:unet={use.strength:g}>"
-
-
-def from_text(text: str) -> Recipe:
-    """The recipe in a text as A1111 and its like write it. Raises UserError when there is none in it."""
-    lines = text[:_LONGEST].strip().split("\n")
-    pairs = dict(_PAIR.findall(lines[-1]))
-    if not {"Steps", "Seed"} <= pairs.keys():
-        raise UserError(
-            "There are no settings in this picture.", "Its text is not what drawing programs write.", "Use another one."
-        )
-    start = next((n for n, line in enumerate(lines) if line.startswith(_NEGATIVE)), len(lines) - 1)
-    negative = "\n".join(lines[start:-1]).removeprefix(_NEGATIVE).strip()
-    width, _, height = pairs.get("Size", "").partition("x")
-    sampler = " ".join(word for word in (pairs.get("Sampler", ""), pairs.get("Schedule type", "")) if word)
-    values: dict[str, Any] = {  # Any: text, which make_recipe turns into numbers or refuses
-        "prompt": "\n".join(lines[:start]),
-        "negative": negative,
-        "seed": pairs["Seed"],
-        "steps": pairs["Steps"],
-        "guidance": pairs.get("CFG scale"),
-        "scheduler": next((name for name in (sampler, pairs.get("Sampler", "")) if name in SCHEDULERS), ""),
-        "width": width or None,
-        "height": height or None,
-        "clip_skip": int(pairs["Clip skip"]) - 1 if pairs.get("Clip skip", "").isdecimal() else 0,
-    }
-    if pairs.get("Model"):
-        values["model"] = pairs["Model"]
-    if pairs.get("VAE") not in (None, "", "Automatic", "None"):
-        values["vae"] = pairs["VAE"]
-    if pairs.get("Prediction type") in ("epsilon", "v_prediction"):
-        values["prediction_type"] = pairs["Prediction type"]
-    if _SOURCE.fullmatch(pairs.get("Start image", "")):  # other programs begin from pictures that are not here
-        values |= {"image": pairs["Start image"], "denoise": pairs.get("Denoising strength", DENOISE)}
-        values["mask"] = pairs["Mask"] if _SOURCE.fullmatch(pairs.get("Mask", "")) else ""
-    return make_recipe(values)

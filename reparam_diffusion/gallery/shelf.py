@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery.notes import Notes, changed_notes, new_notes, read_notes, write_notes
 
@@ -255,13 +255,10 @@ def edit(stem: str, workspace: Path, changes: Mapping[str, object]) -> Shelved:
 
 
 def find(name: str, workspace: Path) -> Path:
-    """An adapter by its file's name, its slug, the name a person gave it, or a path to a .safetensors file.
+    """An adapter of the gallery by its file's name, its slug, or the name that a user gave it. Never a path.
 
     Raises UserError with the nearest name.
     """
-    path = Path(name).expanduser()
-    if path.suffix == ENDING and path.is_file():
-        return path
     known: dict[str, Path] = {}
     shelved = list_adapters(workspace)
     for one in reversed(shelved):  # the newest of two with one name wins
@@ -270,14 +267,32 @@ def find(name: str, workspace: Path) -> Path:
     for one in shelved:  # but a file's own name comes before any given name
         known[one.stem.lower()] = one.file
     wanted = name.removesuffix(ENDING)
-    for key in (wanted.lower(), make_slug(wanted)):
+    for key in (wanted.lower(), make_slug(wanted, otherwise="")):
         if key in known:
             return known[key]
-    close = difflib.get_close_matches(make_slug(wanted), sorted(known), 1, 0.4)
-    if close:
-        hint = f'Did you mean "{close[0]}"?'
-    elif known:
-        hint = f"There are: {', '.join(sorted({stem_of(file) for file in known.values()})[:12])}."
-    else:
-        hint = "The gallery is empty: train an adapter first, or give the path of a .safetensors file."
-    raise UserError(f'There is no adapter called "{name}".', do=hint)
+    stems = {stem_of(file) for file in known.values()}
+    names = [*stems, *known] if difflib.get_close_matches(wanted.lower(), list(known), 1, 0.5) else stems
+    empty = "The gallery is empty: train an adapter first, or import a .safetensors file."
+    raise unknown_name("adapter", name, names, do=empty)
+
+
+def locate(name: str, workspace: Path) -> Path:
+    """An adapter as the command line and Python name it: by its path, or by its name in the gallery.
+
+    A bare name is the gallery's, whatever lies in the working directory under it. Raises UserError with the nearest
+    name.
+    """
+    if not name.strip():
+        raise UserError("The name of an adapter is missing.", do="Give a path or a name of the gallery.")
+    path = Path(name).expanduser()
+    is_path = len(path.parts) > 1 or name.startswith((".", "~")) or "\\" in name or path.suffix == ENDING
+    if is_path and path.exists():
+        return path
+    try:
+        return find(name, workspace)
+    except UserError as error:
+        if not is_path and (path.is_file() or (path.is_dir() and is_peft(path))):
+            return path
+        if len(path.parts) > 1:
+            raise UserError(f"There is no adapter at {name}.", "No such file or folder.", "Check the path.") from None
+        raise error from None

@@ -13,9 +13,10 @@ from pathlib import Path
 import tomlkit
 
 from reparam_diffusion.config import read_settings
+from reparam_diffusion.data.captions import replace_words
 from reparam_diffusion.data.images import Picture, Refused, find_pictures
 from reparam_diffusion.data.masks import mask_files
-from reparam_diffusion.data.sidecars import MASK_ENDING, is_mask, read_caption
+from reparam_diffusion.data.sidecars import MASK_ENDING
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.shelf import make_slug
 
@@ -23,7 +24,6 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "assets" / "examples"
 MOST_FILES = 200
 MOST_BYTES = 2 * 1024**3
 LEAST_SIDE = 32  # pixels; the run itself asks for what its base model needs
-CAPTIONS = {".txt", ".caption"}
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,23 @@ def open_dataset(folder: Path) -> PictureSet:
 
 
 def sort_files(files: Sequence[Path]) -> PictureSet:
-    """What a person dropped, in any order: pictures, captions named like them, and what cannot be used.
+    """Files in any order, such as uploads: images with the captions and masks among the files, and what is not used.
 
-    Raises UserError when there is too much of it, or no usable picture.
+    Raises UserError when there is too much of it, or no usable image.
     """
+    require_few(files)
+    pictures, refused = find_pictures(files, least_side=LEAST_SIDE, look_beside=False)
+    return PictureSet(tuple(pictures), tuple(refused))
+
+
+def require_few(files: Sequence[Path]) -> None:
+    """Raise UserError for more files than the page takes at once."""
     if len(files) > MOST_FILES:
         raise UserError(
             f"These are {len(files)} files.", f"At most {MOST_FILES} go at once.", "Choose the best of them."
         )
     if sum(file.stat().st_size for file in files) > MOST_BYTES:
         raise UserError("These files are more than 2 GB together.", do="Choose fewer or smaller pictures.")
-    texts = [file for file in files if file.suffix.lower() in CAPTIONS]
-    pictures, refused = find_pictures([file for file in files if file not in texts], least_side=LEAST_SIDE)
-    by_name = {file.stem.lower(): file for file in texts}
-    masks = {file.stem.lower(): file for file in files if is_mask(file)}
-    completed = []
-    for picture in pictures:
-        stem = picture.path.stem.lower()
-        text = by_name.get(stem) or by_name.get(picture.path.name.lower())
-        caption = (read_caption(text) if text else "") or None
-        completed.append(replace(picture, caption=caption, mask=masks.get(f"{stem}{MASK_ENDING}")))
-    return PictureSet(tuple(completed), tuple(refused))
 
 
 def with_masks(chosen: PictureSet, folder: str) -> PictureSet:
@@ -101,8 +97,12 @@ def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureS
     new = f"{trigger} {class_word}".strip()
     pictures = chosen.pictures
     if old and new and old != new:
+
+        def rename(caption: str) -> str:
+            return replace_words(replace_words(caption, old, new), about.trigger, trigger or new)
+
         pictures = tuple(
-            picture if picture.caption is None else replace(picture, caption=picture.caption.replace(old, new))
+            picture if picture.caption is None else replace(picture, caption=rename(picture.caption))
             for picture in pictures
         )
     return PictureSet(pictures, chosen.refused, About(about.title or new, trigger, class_word, about.kind))
@@ -151,7 +151,7 @@ def write_set(chosen: PictureSet, folder: Path) -> PictureSet:
         if picture.mask is not None:
             mask = folder / f"{name}{MASK_ENDING}{picture.mask.suffix.lower()}"
             shutil.copyfile(picture.mask, mask)
-        written.append(replace(picture, path=target, mask=mask))
+        written.append(replace(picture, path=target, mask=mask, given_name=picture.given_name or picture.path.name))
     about = tomlkit.document()
     for key, value in vars(chosen.about).items():
         about.add(key, value)

@@ -23,7 +23,12 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str, typer.Option(help="What to draw; <lora:name:0.8> calls an adapter of the gallery.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="What to draw; <lora:name:0.8> calls an adapter of the gallery (two numbers: text encoder, UNet)."
+        ),
+    ],
     *,
     adapter: Annotated[
         list[str] | None, typer.Option(help="FILE[:strength[:te_strength]] or a gallery name, repeatable.")
@@ -67,12 +72,15 @@ def generate(
     from reparam_diffusion.gallery.shelf import find
     from reparam_diffusion.models.drawing import drawing_dtype
     from reparam_diffusion.models.load import load_model
+    from reparam_diffusion.models.lora_tags import parse_tags
     from reparam_diffusion.models.precision import pick_device
-    from reparam_diffusion.models.sample import split_tags
 
-    text, tags = split_tags(prompt)
+    tagged = parse_tags(prompt)
+    text = tagged.text
+    for note in tagged.notes:
+        typer.echo(f"Note: {note}", err=True)
     chosen = [_adapter_choice(one, workspace) for one in adapter or []]
-    chosen += [(find(tag, workspace), strength, te) for tag, strength, te in tags]
+    chosen += [(find(tag.name, workspace), tag.strength, tag.text_strength) for tag in tagged.tags]
     if out is not None and out.suffix.lower() not in ("", ".png"):
         raise UserError(
             f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
@@ -131,14 +139,14 @@ def _place(out: Path | None, workspace: Path, seed: int, *, number: int, count: 
 
 def _adapter_choice(text: str, workspace: Path) -> tuple[Path, float, float | None]:
     """FILE[:strength[:te_strength]] -> what generate takes; a name is looked up in the gallery."""
-    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.gallery.shelf import locate
 
     words = text.split(":")
     numbers: list[float] = []
     while len(words) > 1 and len(numbers) < 2 and _is_number(words[-1]):
         numbers.insert(0, float(words.pop()))
     name = ":".join(words)
-    path = Path(name) if Path(name).exists() else find(name, workspace)
+    path = locate(name, workspace)
     return path, numbers[0] if numbers else 1.0, numbers[1] if len(numbers) > 1 else None
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from reparam_diffusion.gallery.blend.forms import Form
@@ -174,9 +174,9 @@ def export(
 
 def path_of(name: str, workspace: Path) -> Path:
     """A file or folder by its path, or by its name in the gallery."""
-    from reparam_diffusion.gallery.shelf import find
+    from reparam_diffusion.gallery.shelf import locate
 
-    return Path(name) if Path(name).exists() else find(name, workspace)
+    return locate(name, workspace)
 
 
 def source_of(text: str, workspace: Path) -> Source:
@@ -304,7 +304,7 @@ def precision_of(text: str) -> Any:
 
 def one_of(text: str, known: Iterable[str], what: str) -> Any:  # Any: one of the caller's literals, checked here
     if text not in known:
-        raise UserError(f'There is no {what} "{text}".', do=f"Take one of {', '.join(known)}.")
+        raise unknown_name(what, text, known)
     return text
 
 

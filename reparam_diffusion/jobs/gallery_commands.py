@@ -33,7 +33,9 @@ def gallery(
     """List the adapters of the gallery, or those that match."""
     from reparam_diffusion.gallery import catalog
 
-    entries = catalog.keep(catalog.list_entries(workspace), base=base, method=method)
+    entries = catalog.list_entries(workspace)
+    catalog.require_filters(entries, base=base, method=method)
+    entries = catalog.keep(entries, base=base, method=method)
     found = catalog.sort(catalog.search(entries, " ".join(query or [])), sort)
     if as_json:
         typer.echo(json.dumps([catalog.row_of(entry) for entry in found], indent=1))

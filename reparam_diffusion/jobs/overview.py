@@ -8,7 +8,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
 
@@ -58,10 +58,10 @@ class Overview:
 
     def find(self, name: str | None) -> Path:
         """The folder of a run. Raises UserError when there is none of that name."""
-        folder = self.workspace / "runs" / (name or "")
-        if folder in runs.list_runs(self.workspace):
-            return folder
-        raise UserError(f'There is no run called "{name}".', do="Choose one from the list.")
+        known = {folder.name: folder for folder in runs.list_runs(self.workspace)}
+        if name not in known:
+            raise unknown_name("run", name or "", known, do="Train one first.")
+        return known[name]
 
     def newest(self, wanted: str | None = None) -> str | None:
         """Which run to show first: the one that is wanted, else the newest that is live, else the newest."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from reparam_diffusion.adapters import METHODS
-from reparam_diffusion.config import PRESETS, TrainConfig, find_preset, read_settings, settle, to_toml
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.config import PRESETS, TrainConfig, find_preset, preset_names, read_settings, settle, to_toml
+from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.gallery.shelf import make_slug
 from reparam_diffusion.models.outline import outline
@@ -76,8 +76,11 @@ def layers(name: str, workspace: Path, *, kind: str, method: str, card: str = ""
         return [read_settings(_file(name, workspace)), card_layer(card)]
     own = "style" if kind == "style" else f"{method}-subject"
     names = (own, "quick") if name == FIRST else (f"{name}-{method}", name)
-    known = next((find_preset(one) for one in names if (PRESETS / f"{one}.toml").is_file()), {})
-    return [known, {"adapter": {"method": method}, "data": {"kind": kind}}, card_layer(card)]
+    there = preset_names()  # names come from browsers and other programs: none leads out of the folder
+    known = next((one for one in names if one in there), None)
+    if known is None:
+        raise unknown_name("preset", name, [*there, *(value for _, value in choices(workspace))], place="preset")
+    return [find_preset(known), {"adapter": {"method": method}, "data": {"kind": kind}}, card_layer(card)]
 
 
 def save(config: TrainConfig, workspace: Path, *, title: str) -> str:
@@ -115,8 +118,9 @@ def _home(workspace: Path) -> Path:
 def _file(name: str, workspace: Path) -> Path:
     """A person's own preset; names come from browsers, so the slug alone counts."""
     file = _home(workspace) / f"{make_slug(name.removeprefix(MINE), otherwise='preset')}.toml"
-    if not file.is_file():
-        raise UserError("This preset is gone.", do="Choose another one.")
+    if not file.is_file() or name != f"{MINE}{file.stem}":
+        own = [f"{MINE}{one.stem}" for one in _home(workspace).glob("*.toml")]
+        raise unknown_name("preset", name, own, do="Choose another one.", place="preset")
     return file
 
 

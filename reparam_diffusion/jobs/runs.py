@@ -20,7 +20,7 @@ from reparam_diffusion.data.masks import ALPHA, BESIDE
 from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
-from reparam_diffusion.gallery.shelf import find, make_slug
+from reparam_diffusion.gallery.shelf import locate, make_slug
 from reparam_diffusion.jobs import locks
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
@@ -75,9 +75,8 @@ def with_start(config: TrainConfig, workspace: Path) -> TrainConfig:
     name = config.training.start_from
     if not name:
         return config
-    path = Path(name).expanduser()
     try:
-        found = path if path.exists() else find(name, workspace)
+        found = locate(name, workspace)
     except UserError as error:
         raise UserError(error.what, error.why, error.do, place="training.start_from") from None
     training = config.training.model_copy(update={"start_from": str(found.resolve())})

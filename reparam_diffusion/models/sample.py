@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,6 @@ from reparam_diffusion.models.weighted import encode_prompts
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TAG = re.compile(r"<(?:lora|lyco):([^<>]*)>", re.IGNORECASE)
 LOOKS, LOOK_EVERY = 6, 10
 """How many early looks there are at a picture, and after how many steps there is one at the latest."""
 
@@ -215,24 +213,3 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text} is no number to multiply with")
     return value
-
-
-def split_tags(prompt: str) -> tuple[str, list[tuple[str, float, float | None]]]:
-    """A prompt without its <lora:name:strength:te_strength> tags, and the tags. A strength left out is 1.
-
-    A1111's named form <lora:name:te=0.5:unet=0.8> is understood too.
-    """
-    tags: list[tuple[str, float, float | None]] = []
-    for inside in _TAG.findall(prompt):
-        name, *words = inside.split(":")
-        try:
-            named = {key.strip(): finite(value) for word in words if "=" in word for key, value in [word.split("=", 1)]}
-            plain = [finite(word) for word in words if "=" not in word]
-        except ValueError:
-            named, plain = {}, [0.0] * 3
-        if not name.strip() or len(plain) > 2 or named.keys() - {"te", "unet"}:
-            raise UserError(f"<lora:{inside}> cannot be read.", do="Write <lora:name:0.8> or <lora:name:0.8:0.5>.")
-        text = named.get("te", plain[1] if len(plain) > 1 else None)
-        tags.append((name.strip(), named.get("unet", plain[0] if plain else 1.0), text))
-    text_only = re.sub(r"\s+", " ", _TAG.sub("", prompt)).strip().rstrip(",").strip()
-    return text_only, tags

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 
 _ZERO_SNR = "rescale_betas_zero_snr"
 _DPM = {"solver_order": 2, "algorithm_type": "dpmsolver++"}
@@ -33,7 +33,7 @@ def make_scheduler(own: Any, name: str = "") -> Any:
     if not name or name == own_name(own):
         return type(own).from_config(own.config)
     if name not in SCHEDULERS:
-        raise UserError(f'There is no scheduler called "{name}".', do=f"Choose one of {', '.join(SCHEDULERS)}.")
+        raise unknown_name("scheduler", name, SCHEDULERS, place="scheduler")
     import diffusers
 
     from reparam_diffusion.models.quiet import quiet
@@ -48,6 +48,12 @@ def make_scheduler(own: Any, name: str = "") -> Any:
         )
     with quiet():
         return cls.from_config(own.config, **options)
+
+
+def require_scheduler(name: str) -> None:
+    """Raise UserError for a name that no model can have; "" and diffusers' own classes are left to the model."""
+    if name and name not in SCHEDULERS and not name.endswith("Scheduler"):
+        raise unknown_name("scheduler", name, SCHEDULERS, place="scheduler")
 
 
 def down_to_noise(own: Any) -> Any:

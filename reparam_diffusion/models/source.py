@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,7 +72,10 @@ def find_source(path_or_id: str | Path, *, fetch: bool = True) -> Source:
         return Source(path.name, checkpoint.configs, checkpoint=checkpoint)
     asked = str(path_or_id)
     if asked.count("/") != 1 or asked.startswith((".", "/", "~")):
-        raise UserError(f'There is no model at "{asked}".', do='Check the path, or use "starter".', place="model.path")
+        names = [str(path.with_name(one)) for one in os.listdir(path.parent)] if path.parent.is_dir() else []
+        close = difflib.get_close_matches(asked, ["starter", *names], 1, 0.7)
+        do = f'Did you mean "{close[0]}"?' if close else 'Check the path, or use "starter".'
+        raise UserError(f'There is no model at "{asked}".', do=do, place="model.path")
     configs = _hub_configs(asked, fetch=fetch)
     _check_kind(asked, configs)
     return Source(asked, configs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.formats.header import family_keys
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import Precision
@@ -19,6 +19,7 @@ from reparam_diffusion.gallery.blend.method import BlendMethod, Made, Options
 from reparam_diffusion.gallery.blend.result import Progress, Report, write_result
 from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.validation import explain
 
 
 def blend_files(
@@ -67,7 +68,7 @@ def blended(opened: Opened, method: BlendMethod, options: Options) -> Iterator[t
 def blend_method(name: str) -> BlendMethod:
     """A registered method. Raises UserError with the known ones."""
     if name not in BLENDS:
-        raise UserError(f'There is no blend called "{name}".', do=f"Take one of {', '.join(BLENDS)}.", place="method")
+        raise unknown_name("merge method", name, BLENDS, place="method")
     return BLENDS[name]
 
 
@@ -77,10 +78,10 @@ def settle_options(method: str, values: Mapping[str, Any]) -> Options:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
+        at, message = explain(error)
+        place = ".".join(map(str, at))
         known = ", ".join(kind.model_fields) or "none"
-        raise UserError(f"{place}: {first['msg']}.", f"The options of {method} are: {known}.", place=place) from None
+        raise UserError(f"{place} {message}.", f"The options of {method} are: {known}.", place=place) from None
 
 
 def settle_form(values: Mapping[str, Any]) -> Form:
@@ -88,10 +89,9 @@ def settle_form(values: Mapping[str, Any]) -> Form:
     try:
         return Form(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        told = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{place}: {told}." if place else f"{told[0].upper()}{told[1:]}.", place=place) from None
+        at, message = explain(error)
+        place, told = ".".join(map(str, at)), message.removeprefix("is not possible: ")
+        raise UserError(f"{place} {message}." if place else f"{told[0].upper()}{told[1:]}.", place=place) from None
 
 
 def _header(opened: Opened, method: BlendMethod, options: Options, form: Form, title: str) -> dict[str, str]:
