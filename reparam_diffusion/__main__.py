@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from reparam_diffusion.errors import UserError, explain_os_error, unknown_name
+from reparam_diffusion.errors import NothingToDo, UserError, explain_os_error, unknown_name
 from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
 from reparam_diffusion.printable import hush_libraries, say
 
@@ -99,11 +99,17 @@ def resume(
     workspace: Workspace = Path("workspace"),
     as_json: Json = False,
 ) -> None:
-    """Go on with a run from its last checkpoint."""
+    """Go on with a run from its last checkpoint. A finished run stays as it is: nothing to do, exit code 0."""
     from reparam_diffusion.files import require_writable
     from reparam_diffusion.jobs.launchers import change_processes
+    from reparam_diffusion.jobs.runs import check_not_queued, check_unfinished, has_worker
+    from reparam_diffusion.training.processes import is_first
 
     folder = _run_folder(run, workspace)
+    if is_first():
+        check_not_queued(folder)
+        if not has_worker(folder):
+            check_unfinished(folder)
     require_writable(folder / "events.jsonl")
     if processes:
         change_processes(folder, processes)
@@ -118,14 +124,14 @@ def stop(
 ) -> None:
     """Ask a run to stop: it saves its adapter and ends; it can be resumed."""
     from reparam_diffusion.files import require_writable
-    from reparam_diffusion.jobs.runs import ask, state_of
+    from reparam_diffusion.jobs import queue
 
     folder = _run_folder(run, workspace)
-    if not state_of(folder).is_live:
-        raise UserError(f"The run {folder.name} is not running.", f"It is {state_of(folder).state}.")
     require_writable(folder / "ask" / "stop")
-    ask(folder, "pause" if pause else "stop")
-    say(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    if queue.stop(folder, "pause" if pause else "stop"):
+        say(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    else:
+        say(f"Took {folder.name} out of the queue.")
 
 
 @app.command()
@@ -256,6 +262,8 @@ def main() -> None:
     hush_libraries()
     try:
         app()
+    except NothingToDo as note:
+        say(f"Nothing to do: {note}", err=True)
     except UserError as error:
         _end_with(error)
     except OSError as error:

@@ -92,6 +92,12 @@ def hidden_part(path: Path) -> Path:
     return path.with_name(f".{start}.{_machine()}.{os.getpid()}-{next(_numbers)}.part")
 
 
+def cache_file(name: str) -> Path:
+    """A file in the user's cache folder: what was measured on this machine, and the locks of its devices."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "reparam-diffusion" / name
+
+
 @contextmanager
 def beside(path: Path, *, keep: bool = True) -> Iterator[Path]:
     """A hidden name in the same folder to write to, moved to `path` when the body ends well and removed otherwise.

@@ -23,12 +23,13 @@ import torch
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import cache_file, write_whole
 from reparam_diffusion.jobs import locks, runs
-from reparam_diffusion.jobs.worker import device_of, start_detached, threads
+from reparam_diffusion.jobs.locks import device_of
+from reparam_diffusion.jobs.worker import start_detached, threads
 from reparam_diffusion.models.folder import import_pipelines
 from reparam_diffusion.models.outline import outline, shape_of
-from reparam_diffusion.models.precision import cache_file, pick_device
+from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.training.cards import advise, room_on
 from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece

@@ -9,6 +9,7 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Self
 
@@ -16,10 +17,11 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, choose_seeds, read_settings, settle, to_toml
 from reparam_diffusion.data.masks import ALPHA, BESIDE
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import locate, make_slug
+from reparam_diffusion.jobs import locks
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
@@ -31,8 +33,12 @@ __all__ = [
     "RunState",
     "ask",
     "asked",
+    "check_not_queued",
+    "check_running",
+    "check_unfinished",
     "clear_requests",
     "create_run",
+    "devices_of",
     "has_ended",
     "has_worker",
     "is_starting",
@@ -238,7 +244,8 @@ class Follower:
         line = list(read_queue(workspace_of(self.folder)))
         if self.folder.name not in line:
             return state
-        return replace(state, state="queued", place=line.index(self.folder.name) + 1, message="")
+        place = line.index(self.folder.name) + 1
+        return replace(state, state="queued", place=place, message="", waiting_for=_holders(self.folder) or None)
 
     def _read(self) -> None:
         file = self.folder / "events.jsonl"
@@ -247,6 +254,31 @@ class Follower:
         new, self._offset = read_events(self.folder, self._offset)
         for event in new:
             self._fold.feed(event)
+
+
+def devices_of(folder: Path) -> frozenset[str]:
+    """The devices that a run wants, read again when its settings have changed."""
+    try:
+        age = (folder / "config.toml").stat().st_mtime_ns
+    except FileNotFoundError:
+        age = 0
+    return _devices_at(folder, age)
+
+
+@lru_cache(maxsize=1024)
+def _devices_at(folder: Path, age: int) -> frozenset[str]:
+    return frozenset(locks.devices_of(read_config(folder)))
+
+
+def _holders(folder: Path) -> str:
+    """The processes that hold the devices of a run in the queue, in words; "" where they are free."""
+    try:
+        wanted = sorted(devices_of(folder))
+    except UserError:  # its settings are damaged; the queue says so at its turn
+        return ""
+    workspace = workspace_of(folder)
+    named = (locks.describe_holder(locks.device_lock(device), workspace) for device in wanted)
+    return ", ".join(dict.fromkeys(filter(None, named)))
 
 
 def _waits(note: RayNote, last: Event | None) -> bool:
@@ -262,6 +294,39 @@ def has_worker(folder: Path) -> bool:
 def has_ended(folder: Path) -> bool:
     """Whether a run's last word says that it has ended, and how."""
     return isinstance(_last_event(folder), Finished | Stopped | Paused | Failed | Lost)
+
+
+def check_unfinished(folder: Path) -> None:
+    """Raise NothingToDo for a run that has done all of its steps: a finished run stays finished."""
+    if not isinstance(_last_event(folder), Finished | Failed | Launched):
+        return
+    fold = Fold()
+    for event in read_events(folder)[0]:
+        fold.feed(event)
+    if isinstance(fold.last, Finished) and read_config(folder).training.steps <= fold.last.step:
+        raise NothingToDo(
+            f"The run {folder.name} is finished.",
+            f"It has done all {fold.last.step} steps.",
+            "To train longer, start a new run that continues from its adapter.",
+        )
+
+
+def check_running(folder: Path, *, or_queued: bool = False) -> None:
+    """Raise UserError for a run that is not running and so cannot be asked for anything."""
+    state = state_of(folder).state
+    if state != "running" and not (or_queued and state == "queued"):
+        raise UserError(f"The run {folder.name} is not running.", f"It is {state}.")
+
+
+def check_not_queued(folder: Path) -> None:
+    """Raise UserError for a run that is in its workspace's queue."""
+    line = list(read_queue(workspace_of(folder)))
+    if folder.name in line:
+        raise UserError(
+            f"The run {folder.name} is in the queue already.",
+            f"Its place is {line.index(folder.name) + 1} of {len(line)}.",
+            "It starts by itself; to start it here, take it out of the queue first (stop).",
+        )
 
 
 def _last_event(folder: Path) -> Event | None:

@@ -39,7 +39,7 @@ from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
 from reparam_diffusion.training.check import check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
-from reparam_diffusion.training.facts import ADAPTER, write_finished
+from reparam_diffusion.training.facts import ADAPTER, steps_of, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
@@ -70,14 +70,21 @@ def train(
 ) -> Iterator[Event]:
     """Train one adapter into `folder` (a new one under workspace/runs by default), yielding what happens.
 
-    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint.
+    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint; a
+    finished run stays as it is, with a warning that there was nothing to do.
     """
+    begun = time.time()
+    config, notes = _check_config(config)
     folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
-    begun = time.time()
-    config = _with_seeds((yield from _check_config(config)), folder)
-    saved = _last_state(folder, config, resume=resume)
+    yield from (Warned(note) for note in notes)
+    if resume and steps_of(folder / ADAPTER) == config.training.steps in steps_saved(folder):
+        yield Warned(f"There is nothing to do: this run has done all {config.training.steps} steps.")
+        yield Finished(config.training.steps, ADAPTER, 0.0)
+        return
+    config = _with_seeds(config, folder)
+    saved = yield from _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
     training = config.training
@@ -115,13 +122,7 @@ def train(
             if asked == "sample":
                 yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from processes.only_main(look.keep(step - 1))
-                if asked == "pause":
-                    yield Paused(step - 1)
-                    return
-                path = look.finish(step - 1)
-                yield from processes.only_main(look.draw(step - 1))
-                yield Stopped(step - 1, path)
+                yield from _ended(look, processes, step - 1, asked)
                 return
             clock = time.perf_counter()
             loss = processes.mean(forward_and_backward(setup, learner, step))
@@ -141,6 +142,17 @@ def train(
     yield Finished(training.steps, path, time.time() - begun)
 
 
+def _ended(look: _Look, processes: Processes, step: int, asked: str) -> Iterator[Event]:
+    """The end that was asked for: a checkpoint, and unless it is a pause the adapter and its samples."""
+    yield from processes.only_main(look.keep(step))
+    if asked == "pause":
+        yield Paused(step)
+        return
+    path = look.finish(step)
+    yield from processes.only_main(look.draw(step))
+    yield Stopped(step, path)
+
+
 def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     """Gradients of one optimizer step over its forward passes; returns the mean loss."""
     passes = setup.config.training.accumulation
@@ -157,13 +169,12 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     return total
 
 
-def _check_config(config: TrainConfig) -> Generator[Event, None, TrainConfig]:
-    """The settings with folders in kohya's layout as sets. Raises UserError for settings that do not go together."""
+def _check_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The settings with folders in kohya's layout as sets, and notes on them. Raises UserError for what cannot be."""
     data, notes = expand_folders(config.data)
     config = config.model_copy(update={"data": data})
-    yield from (Warned(note) for note in notes)
     check_settings(config)
-    return config
+    return config, list(notes)
 
 
 def _check_loss(loss: float, step: int) -> None:
@@ -300,8 +311,7 @@ def _prepared(
 
 
 def _with_seeds(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The settings, checked, with a number for each seed of -1: the folder's own, else a random one."""
-    check_settings(config)
+    """The settings with a number for each seed of -1: the folder's own, else a random one."""
     if -1 not in (config.training.seed, config.output.sample_seed):
         return config
     if are_many():
@@ -313,8 +323,11 @@ def _with_seeds(config: TrainConfig, folder: Path) -> TrainConfig:
     return config.model_copy(update={"training": training, "output": output})
 
 
-def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
-    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
+def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> Generator[Event, None, State | None]:
+    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint.
+
+    Newer checkpoints that are damaged are told.
+    """
     settings = folder / "config.toml"
     if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
@@ -322,11 +335,19 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
         raise UserError(
             f"{folder} holds a run already.", "Its checkpoints would be mixed up.", "Resume it, or take another folder."
         )
-    if not resume or not (folder / "checkpoints").exists():
+    if not resume or not any((folder / "checkpoints").glob("[0-9]*")):
         return None
-    saved = load_checkpoint(folder)
-    if saved["step"] >= config.training.steps:
-        raise UserError("This run is finished.", f"It has done all {saved['step']} steps.", "Start a new one.")
+    saved, damaged = load_checkpoint(folder)
+    if damaged:
+        named = f"step {damaged[0]} is" if len(damaged) == 1 else f"steps {', '.join(map(str, reversed(damaged)))} are"
+        yield Warned(f"The checkpoint of {named} damaged: the run goes on from step {saved['step']}.")
+    if saved["step"] > config.training.steps:
+        raise UserError(
+            f"This run has done {saved['step']} steps.",
+            f"Its settings ask for {config.training.steps}.",
+            "Raise training.steps, or start a new run.",
+            place="training.steps",
+        )
     return saved
 
 

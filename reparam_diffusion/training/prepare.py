@@ -277,7 +277,7 @@ def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
                 latents.get(*work[done])
                 done += 1
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise  # else outside the handler, where nothing holds what was being computed
             tile, done = latents.shrink([item.size for item, _ in work]), 0  # all of them in the same tiles
