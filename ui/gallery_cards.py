@@ -72,7 +72,8 @@ def _small_picture(shelved: Shelved, workspace: Path) -> str:
 def _chips(entry: Entry) -> list[str]:
     if entry.header is not None and entry.header.problem:
         return ["cannot be read"]
-    return [word for word in (method_title(entry.method), SHORT_BASES.get(entry.base, BASES.get(entry.base, ""))) if word]
+    base = SHORT_BASES.get(entry.base, BASES.get(entry.base, ""))
+    return [word for word in (method_title(entry.method), base) if word]
 
 
 def _about(entry: Entry) -> list[str]:

@@ -38,20 +38,28 @@ USABLE = ("sd1", "sd2", "sdxl")
 OTHERS = {
     "chroma": OtherFamily("Chroma", r"chroma", r"distilled_guidance_layer_"),
     "flux2": OtherFamily(
-        "FLUX.2", r"flux[._ -]?2|klein", r"(double|single)_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp"
+        "FLUX.2",
+        r"flux[._ -]?2|klein",
+        r"(double|single)_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp",
     ),
     "flux1": OtherFamily("FLUX.1", r"flux"),
     "sd3": OtherFamily("Stable Diffusion 3", r"sd[._ -]?v?3|stable-diffusion-v?3", r"joint_blocks_\d+_"),
     "wan": OtherFamily(
-        "Wan", r"\bwan", r"blocks_\d+_((self|cross)_attn_(q|k|v|o|k_img|v_img)|ffn_(0|2)|ffn_net_.*|attn1_to_[qkv]|attn2_to_[qkv])$"
+        "Wan",
+        r"\bwan",
+        r"blocks_\d+_((self|cross)_attn_(q|k|v|o|k_img|v_img)|ffn_(0|2)|ffn_net_.*|attn[12]_to_[qkv])$",
     ),
-    "hunyuan-video": OtherFamily("HunyuanVideo", r"hunyuan", r"txt_in_individual_token_refiner|(double|single)_blocks_\d+_(img|txt)_mlp_fc\d"),
+    "hunyuan-video": OtherFamily(
+        "HunyuanVideo", r"hunyuan", r"txt_in_individual_token_refiner|(double|single)_blocks_\d+_(img|txt)_mlp_fc\d"
+    ),
     "z-image": OtherFamily("Z-Image", r"z[_-]?image"),
     "lumina2": OtherFamily("Lumina 2", r"lumina"),
     "qwen-image": OtherFamily("Qwen-Image", r"qwen", r"transformer_blocks_\d+_(img|txt)_(mlp|mod)_"),
     "krea2": OtherFamily("Krea 2", r"krea[._ -]?2|\bkrea", r"txtfusion_|blocks_\d+_attn_(wq|wk|wv|wo|gate)$"),
     "anima": OtherFamily(
-        "Anima", r"anima\b", r"llm_adapter_|blocks_\d+_((self|cross)_attn_(q|k|v|output)_proj|adaln_modulation_|mlp_layer\d)"
+        "Anima",
+        r"anima\b",
+        r"llm_adapter_|blocks_\d+_((self|cross)_attn_(q|k|v|output)_proj|adaln_modulation_|mlp_layer\d)",
     ),
     "pixart": OtherFamily("PixArt", r"pixart", r"caption_projection_"),
     "sana": OtherFamily("Sana", r"\bsana"),
@@ -62,7 +70,7 @@ OTHERS = {
     "kolors": OtherFamily("Kolors", r"kolors"),
     "cascade": OtherFamily("Stable Cascade", r"cascade"),
     "transformer": OtherFamily("a transformer model, which one is not said", r"(?!)"),
-}  # fmt: skip
+}
 """Families that adapters exist for and that this program has not. The first pattern that matches a header counts."""
 FAMILY_TITLES |= {name: family.title for name, family in OTHERS.items()}
 
@@ -121,14 +129,19 @@ def _named(names: Sequence[str], sides: Mapping[str, Sides]) -> tuple[str, ...]:
     return ()
 
 
+_FLUX_TELLING = r"(double|single)_blocks_\d+_(img_attn_qkv|linear1|img_mlp_0|txt_mlp_0)$"
+"""Layers of which the widths tell FLUX.2 from FLUX.1."""
+
+
 def _flux_like(names: Sequence[str], sides: Mapping[str, Sides]) -> tuple[str, ...]:
     """FLUX, Chroma and HunyuanVideo share names; the widths of the feed-forward tell FLUX.2 from the rest."""
     mine = [name for name in names if re.match(r"(double_blocks|single_blocks|single_transformer_blocks)_\d+_", name)]
     for name in mine:
         out, width = sides[f"unet.{name}"]
-        if re.match(r"(double|single)_blocks_\d+_(img_attn_qkv|linear1|img_mlp_0|txt_mlp_0)$", name) and out and width:
-            if width in (4096, 6144) or out == 9 * width or (out == 6 * width and "mlp" in name):
-                return ("flux2",)
+        if not out or not width or not re.match(_FLUX_TELLING, name):
+            continue
+        if width in (4096, 6144) or out == 9 * width or (out == 6 * width and "mlp" in name):
+            return ("flux2",)
     return ("flux1", "chroma", "hunyuan-video", "flux2") if mine else ()
 
 
@@ -168,9 +181,7 @@ def _plain_blocks(names: Sequence[str], sides: Mapping[str, Sides]) -> tuple[str
     return ("transformer", *(name for name in OTHERS if name != "transformer"))
 
 
-def _stable_diffusion(
-    sides: Mapping[str, Sides], layers: Mapping[str, Leaves], keys: Sequence[str]
-) -> tuple[str, ...]:
+def _stable_diffusion(sides: Mapping[str, Sides], layers: Mapping[str, Leaves], keys: Sequence[str]) -> tuple[str, ...]:
     """What a UNet's or CLIP's widths show. Only widths of the real models count, so that small models stay unknown."""
     for name, (out, width) in sides.items():
         if re.search(r"attn2_to_[kv]$", name) and width in (768, 1024, 2048) and (out is None or out % 320 == 0):
@@ -218,7 +229,7 @@ def layer_sides(leaves: Leaves) -> Sides:
         if leaf in leaves:
             try:
                 return rule(leaves)
-            except (KeyError, IndexError, ZeroDivisionError):
+            except (KeyError, IndexError, ValueError, ZeroDivisionError):
                 return None, None  # of a shape that no writer makes: it shows nothing
     return None, None
 

@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from reparam_diffusion.formats.families import FAMILY_TITLES, UNKNOWN, families_by_layers, family_in_header
+from reparam_diffusion.formats.families import FAMILY_TITLES, UNKNOWN, families_by_layers, family_in_header, layer_sides
 from reparam_diffusion.formats.keys import short
 
 
-
-def guess_family(metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]], keys: Iterable[str] = ()) -> str:
+def guess_family(
+    metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]], keys: Iterable[str] = ()
+) -> str:
     """The base model's family, a key of FAMILY_TITLES, or "unknown". Where header and shapes differ, the shapes win."""
     told = family_in_header(metadata)
     possible = families_by_layers(sites, keys)
@@ -22,7 +23,10 @@ def guess_family(metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, T
         return told
     if possible:
         return possible[0]
-    return "sdxl" if any(_is_sdxl_name(site) for site in sites) else UNKNOWN
+    if any(_is_sdxl_name(site) for site in sites):
+        return "sdxl"
+    widths = [layer_sides(leaves)[1] for site, leaves in sites.items() if re.search(r"attn2_to_[kv]$", site)]
+    return next((_WIDTHS[width] for width in widths if width in _WIDTHS), UNKNOWN)
 
 
 def family_conflict(
@@ -42,9 +46,12 @@ def family_conflict(
 def _is_sdxl_name(site: str) -> bool:
     """Names of SDXL in a file of which no shape decides, such as one for a small model."""
     blocks = re.search(r"transformer_blocks_(\d+)_", site)
-    return site.startswith(("te2.encoder_layers_", "unet.add_embedding")) or (blocks is not None and int(blocks[1]) >= 2)
+    return site.startswith(("te2.encoder_layers_", "unet.add_embedding")) or (
+        blocks is not None and int(blocks[1]) >= 2
+    )
 
 
+_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 _LONGEST_TRIGGER = 500  # characters
 
 

@@ -1,8 +1,8 @@
 """A file's tensor name -> which part, which layer, and which piece of an adapter it is; no model needed.
 
 Covers kohya and LyCORIS ("lora_unet_….lora_up.weight"), PEFT ("base_model.model.…", with any adapter's name), diffusers
-old and new ("unet.….lora_A.weight", "….processor.to_q_lora.up.weight"), "diffusion_model.…", OneTrainer ("clip_l.…") and
-the original layout ("conditioner.embedders.0.transformer.…", OpenCLIP's names included).
+old and new ("unet.….lora_A.weight", "….processor.to_q_lora.up.weight"), "diffusion_model.…", OneTrainer ("clip_l.…")
+and the original layout ("conditioner.embedders.0.transformer.…", OpenCLIP's names included).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from reparam_diffusion.formats.names import flat_name
 _PREFIXES = {
     "lora_unet": "unet",
     "oft_unet": "unet",
+    "lora_transformer": "unet",
     "lora_te": "te1",
     "lora_te1": "te1",
     "lora_te2": "te2",
@@ -43,8 +44,9 @@ _DOTTED = {
     "cond_stage_model.": "te1",
     "model.diffusion_model.": "unet",
     "diffusion_model.": "unet",
+    "transformer.": "",
 }
-"""How dotted names begin -> the part."""
+"""How dotted names begin -> the part; "transformer." is diffusers' for other families, and CLIP's own wrapper."""
 _WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 """What PEFT, distributed training and torch.compile put before a model's own names."""
 _TEXT_WRAPPERS = ("transformer.", "model.")
@@ -120,7 +122,7 @@ def parse_key(key: str, *, part: str = "") -> Key | str:
         return f"its name is {len(key)} characters long, which no layer's is"
     if _CONTROL.search(key):
         return "its name has control characters in it"
-    prefix = re.match(r"(lora_unet|oft_unet|lora_te[12]?|lycoris)_.", key)
+    prefix = re.match(r"(lora_unet|oft_unet|lora_transformer|lora_te[12]?|lycoris)_.", key)
     if prefix is not None:
         return _kohya(key, prefix[1])
     if key.startswith("lora_te3_"):
@@ -160,7 +162,7 @@ def _dotted(key: str, part: str) -> Key | str:
             break
     if part == "te3":
         return THIRD_TEXT
-    if part in ("te1", "te2") or rest.startswith("transformer.text_model."):
+    if part in ("te1", "te2"):
         rest = _text_path(rest)
     if ".attn.in_proj" in rest and "resblocks." in rest:
         return FUSED_TEXT

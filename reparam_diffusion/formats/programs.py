@@ -95,7 +95,9 @@ def markdown_table() -> str:
 
 def readers(traits: Iterable[str], names: str) -> list[Verdict]:
     """What every program makes of a file with these traits (keys of FORMS) and names (a key of NAMES)."""
-    rows = [(trait, FORMS.get(trait, FORMS[UNKNOWN_FORM])) for trait in traits] + [(f"names of the kind {names}", NAMES[names])]
+    rows = [(trait, FORMS.get(trait, FORMS[UNKNOWN_FORM])) for trait in traits] + [
+        (f"names of the kind {names}", NAMES[names])
+    ]
     verdicts = []
     for program in PROGRAMS:
         troubles = [f"{what}: {row[program]}" for what, row in rows if program in row]

@@ -142,7 +142,7 @@ def base_of(file: AdapterFile, model: Model | None) -> tuple[Base | None, str]:
     if is_other(shown):
         return None, f"{FAMILY_TITLES[shown]} is not a base this program has, so shapes are not checked"
     tried: list[tuple[int, Base]] = []
-    names = [name for name in (shown, told, *FAMILIES) if name in FAMILIES]
+    names: list[str] = [name for name in (shown, told, *FAMILIES) if name in FAMILIES]
     if file.metadata.get("ss_sd_model_name") == STARTER.name:
         names.insert(0, "starter")
     for name in dict.fromkeys(names):
@@ -241,7 +241,7 @@ def _alpha(site: Site) -> float:
     return math.nan if alpha is None or not alpha.numel() else float(alpha.float().reshape(-1)[0])
 
 
-def _header_findings(file: AdapterFile, family: Family) -> list[Finding]:
+def _header_findings(file: AdapterFile, family: str) -> list[Finding]:
     """What the header makes other programs believe."""
     rows, header = [], file.metadata
     told = family_in_header(header)
