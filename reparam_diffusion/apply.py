@@ -108,10 +108,9 @@ def bind(model: Model, file_or_folder: str | Path) -> Bound:
     adapters, unmatched = file.match(model.parts)
     words, others = file.words_for(model.parts)
     if not adapters:
-        key, why = unmatched[0] if unmatched else ("", "it is empty")
         raise UserError(
             f"{Path(file_or_folder).name} does not fit this base model.",
-            f"None of its layers match: {key}: {why}" if key else f"None of its layers match: {why}.",
+            file.misfit(unmatched, model.family),
             "Use it with the base model it was made for.",
         )
     return Bound(adapters, words, unmatched + others, _ends_in_noise(file, model))

@@ -88,7 +88,7 @@ def export_adapter(
     file = read_adapter(source)
     located, left = file.locate(parts)
     if not located:
-        why = f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else ""
+        why = file.misfit(left, family)
         raise UserError(f"{file.file.name} does not fit this base model.", why, "Name the base it was made for.")
     words, others = file.words_for(parts)
     left += others

@@ -12,6 +12,7 @@ from torch import nn
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.container import data_hash
+from reparam_diffusion.formats.families import FAMILY_TITLES, USABLE, is_other
 from reparam_diffusion.formats.names import Family, module_at
 from reparam_diffusion.formats.read import AdapterFile, Site, Unmatched, read_adapter
 from reparam_diffusion.gallery.blend.method import Layer
@@ -71,7 +72,14 @@ def base_for(files: Sequence[AdapterFile], model: Model | str | None = None) -> 
     named = {file.metadata.get("ss_sd_model_name", "") for file in files}
     if STARTER.name in named:
         return base_for(files, load_model("starter", device="cpu"))
-    families = {file.base for file in files} - {"unknown"}
+    for file in files:
+        if is_other(file.base):
+            raise UserError(
+                f"{file.file.name} is for {FAMILY_TITLES[file.base]}.",
+                "Only adapters for Stable Diffusion 1, 2 and XL can be blended here.",
+                "Leave it out.",
+            )
+    families = {file.base for file in files} & set(USABLE)
     if not families:
         raise UserError(
             f"{files[0].file.name} does not say which base model it is for.", do="Name the base model with --model."
