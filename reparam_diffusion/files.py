@@ -180,7 +180,7 @@ def _sweep_once(folder: Path) -> None:
 
 
 def _is_abandoned(part: Path) -> bool:
-    import psutil
+    import psutil  # type: ignore[import-untyped]  # it ships no types
 
     found = _PART.fullmatch(part.name)
     assert found is not None

@@ -34,7 +34,9 @@ Size = Annotated[float, typer.Option("--megabytes", help="The file's size; ranks
 Factor = Annotated[int, typer.Option(help="LoKr: size of the small factor.")]
 Block = Annotated[int, typer.Option(help="OFT: size of the rotated blocks.")]
 Title = Annotated[str, typer.Option(help="The result's name.")]
-Picture = Annotated[str, typer.Option(help="Draw this prompt with the exact change and with the file, same seeds.")]
+Picture = Annotated[
+    str, typer.Option(help="Compare the lossless change and the file on this prompt, same seeds.")
+]
 
 TELL_EVERY = 0.5  # seconds
 
@@ -224,7 +226,7 @@ def _make(
         told = report.to_dict()
         if picture:
             exact = Path(place) / "exact.safetensors"
-            follow(blend_files(sources, exact, precision="fp32", **more), as_json=as_json)
+            follow(blend_files(sources, exact, precision="fp32", lossless=True, **more), as_json=as_json)
             told["picture"] = str(
                 _draw(model, picture, exact, target, out or workspace / "images" / f"{make_slug(title)}.png")
             )
@@ -235,9 +237,11 @@ def _make(
 
 def report_lines(report: Report, told: dict[str, object]) -> list[str]:
     """A result for a person: where it is, what it loses, and where most."""
-    rows = [f"{told['file']}", f"{len(report.layers)} layers, relative error {report.error:.2e}"]
-    if report.error > 1e-3:
-        rows += [f"  {row.error:.2e}  {row.site}  ({row.form})" for row in report.worst()]
+    from reparam_diffusion.maths.loss import ROUNDING, describe_loss
+
+    rows = [f"{told['file']}", f"{len(report.layers)} layers, {report.loss}"]
+    if report.error > ROUNDING:
+        rows += [f"  {row.site} ({row.form}) {describe_loss(row.error)}" for row in report.worst()]
     rows += [f"Left out of {file}: {key}: {why}." for file, key, why in report.left_out]
     return rows + ([f"Before and after: {told['picture']}"] if "picture" in told else [])
 

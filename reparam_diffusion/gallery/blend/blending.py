@@ -10,13 +10,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import require_new_file
 from reparam_diffusion.formats.header import family_keys
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import Precision
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.blend.forms import Form
 from reparam_diffusion.gallery.blend.method import BlendMethod, Made, Options
-from reparam_diffusion.gallery.blend.result import Progress, Report, write_result
+from reparam_diffusion.gallery.blend.result import Progress, Report, ResultLayer, write_result
 from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for
 from reparam_diffusion.models.load import Model
 
@@ -31,11 +32,15 @@ def blend_files(
     model: Model | str | None = None,
     precision: Precision = "fp16",
     title: str = "",
+    lossless: bool = False,
 ) -> Iterator[Progress | Report]:
     """Blend adapters of any methods into one file; yields progress, then the report. Closing it early leaves no file.
 
-    `model` is needed where a change depends on the base's weights (OFT, DoRA, (IA)³, GLoRA).
+    `model` is needed where a change depends on the base's weights (OFT, DoRA, (IA)³, GLoRA). The report's loss is
+    measured against the change before the method or the form cut anything off; `lossless` writes that change.
+    Raises UserError before any work when `out` is one of the sources, exists, or cannot be written.
     """
+    require_new_file(out, sources=[source.file for source in sources])
     chosen, form = blend_method(method), form or Form()
     chosen.check(len(sources))
     options = options or chosen.options()
@@ -47,7 +52,7 @@ def blend_files(
     header = _header(opened, chosen, options, form, title or out.stem)
     yield from write_result(
         out,
-        lambda: blended(opened, chosen, options),
+        lambda: _layers(opened, chosen, options, lossless=lossless),
         count=len(sites),
         base=opened.base,
         form=form,
@@ -62,6 +67,18 @@ def blended(opened: Opened, method: BlendMethod, options: Options) -> Iterator[t
     """The layers of a blend, one at a time."""
     for site in opened.sites:
         yield site, method.blend(opened.layers(site), options)
+
+
+def _layers(opened: Opened, method: BlendMethod, options: Options, *, lossless: bool) -> Iterator[ResultLayer]:
+    """The layers of a blend with what they should be if nothing were cut off."""
+    for site in opened.sites:
+        layers = opened.layers(site)
+        if method.lossless is None:
+            made = wanted = method.blend(layers, options)
+        else:
+            wanted = method.lossless(layers)
+            made = wanted if lossless else method.blend(layers, options)
+        yield ResultLayer(site, made, wanted)
 
 
 def blend_method(name: str) -> BlendMethod:
