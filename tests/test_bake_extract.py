@@ -244,5 +244,5 @@ def test_bake_and_extract_on_the_command_line(tmp_path: Path) -> None:
     ):
         done = CliRunner().invoke(app, [str(word) for word in words])
         assert done.exit_code == 0, (done.output, done.exception)
-    assert "relative error" in done.stdout
+    assert "of the change (relative error" in done.stdout
     assert read_adapter(tmp_path / "b.safetensors").method == "lora"

@@ -34,9 +34,7 @@ Size = Annotated[float, typer.Option("--megabytes", help="The file's size; ranks
 Factor = Annotated[int, typer.Option(help="LoKr: size of the small factor.")]
 Block = Annotated[int, typer.Option(help="OFT: size of the rotated blocks.")]
 Title = Annotated[str, typer.Option(help="The result's name.")]
-Picture = Annotated[
-    str, typer.Option(help="Compare the lossless change and the file on this prompt, same seeds.")
-]
+Picture = Annotated[str, typer.Option(help="Compare the lossless change and the file on this prompt, same seeds.")]
 
 TELL_EVERY = 0.5  # seconds
 

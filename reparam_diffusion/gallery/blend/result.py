@@ -174,7 +174,9 @@ def _shared_ranks(
 
 
 @torch.no_grad()
-def _report_on(layer: ResultLayer, adapter: Adapter | None, leaves: Mapping[str, Tensor], module: nn.Module) -> LayerReport:
+def _report_on(
+    layer: ResultLayer, adapter: Adapter | None, leaves: Mapping[str, Tensor], module: nn.Module
+) -> LayerReport:
     wanted = _as_change(layer.wanted, module)
     norm = wanted.norm()
     if not leaves:
