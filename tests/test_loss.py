@@ -54,9 +54,9 @@ def dense_error(parts: dict, sources: list[Source], out: Path) -> tuple[float, f
     return math.sqrt(wrong / size), dot / math.sqrt(own * size)
 
 
-@pytest.mark.parametrize(("method", "options", "form"), FORMS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("method", "options", "form"), FORMS, ids=str)
 @pytest.mark.parametrize("pair", PAIRS, ids="+".join)
-def test_every_loss_is_measured_against_the_untruncated_sum(
+def test_every_loss_is_measured_against_the_untruncated_sum(  # noqa: PLR0917  (fixtures and cases)
     pair: tuple[str, str],
     method: str,
     options: dict,

@@ -11,14 +11,14 @@ from pydantic import ValidationError
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.files import require_new_file
-from reparam_diffusion.formats.header import family_keys
+from reparam_diffusion.formats.header import compare_headers, inherit_header
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import Precision
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.blend.forms import Form
 from reparam_diffusion.gallery.blend.method import BlendMethod, Made, Options
 from reparam_diffusion.gallery.blend.result import Progress, Report, ResultLayer, write_result
-from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for
+from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for, require_one_prediction
 from reparam_diffusion.models.load import Model
 
 
@@ -45,6 +45,7 @@ def blend_files(
     chosen.check(len(sources))
     options = options or chosen.options()
     files = [read_adapter(source.file) for source in sources]
+    require_one_prediction(files)
     opened = Opened(sources, base_for(files, model), files)
     sites = opened.sites
     if not sites:
@@ -60,6 +61,7 @@ def blend_files(
         header=header,
         left_out=tuple(opened.left_out),
         words=opened.words,
+        notes=tuple(compare_headers([file.metadata for file in files])),
     )
 
 
@@ -120,28 +122,13 @@ def _header(opened: Opened, method: BlendMethod, options: Options, form: Form, t
         for source, file, digest in zip(opened.sources, opened.files, opened.hashes, strict=True)
     ]
     recipe = {"method": method.name, "options": options.model_dump(), "form": form.model_dump(exclude_defaults=True)}
-    header = inherited([file.metadata for file in opened.files], opened.base.family) | named(title)
+    header = inherit_header([file.metadata for file in opened.files], opened.base.family) | named(title)
     header["modelspec.merged_from"] = ", ".join(f"{row['file']} ({row['strength']:g})" for row in rows)
     header["reparam_blend"] = json.dumps(recipe | {"sources": rows}, ensure_ascii=False)
     triggers = list(dict.fromkeys(file.trigger for file in opened.files if file.trigger))
-    if triggers:
+    if triggers and (len(opened.files) > 1 or "modelspec.trigger_phrase" not in header):
         header["modelspec.trigger_phrase"] = header["ss_trigger_words"] = header["trigger_words"] = ", ".join(triggers)
     return header
-
-
-_SHARED = (
-    "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip", "ss_resolution",
-    "modelspec.resolution", "modelspec.prediction_type", "modelspec.encoder_layer", "modelspec.implementation",
-)  # fmt: skip
-"""What a result says of its base, where all sources say the same."""
-
-
-def inherited(headers: Sequence[Mapping[str, str]], family: Any) -> dict[str, str]:
-    """What a result keeps of its sources' headers. Any: one of the families' names."""
-    is_v = any(header.get("ss_base_model_version") == "sd_v2_v" for header in headers)
-    shared = {key: headers[0][key] for key in _SHARED if key in headers[0]}
-    shared = {key: value for key, value in shared.items() if all(header.get(key) == value for header in headers)}
-    return family_keys(family, is_v_prediction=is_v) | shared
 
 
 def named(title: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from reparam_diffusion.adapters.foreign import read_forms
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.changes import change_of
 from reparam_diffusion.formats.names import module_at
+from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
 from reparam_diffusion.gallery.blend.forms import Form, form_name, in_form
 from reparam_diffusion.gallery.blend.method import Made
@@ -73,6 +74,8 @@ class Report:
     file: Path
     layers: tuple[LayerReport, ...]
     left_out: tuple[tuple[str, str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+    """What else a user should know, such as headers that contradict each other."""
 
     @property
     def error(self) -> float:
@@ -91,8 +94,8 @@ class Report:
         return describe_loss(self.error)
 
     def worst(self, count: int = 5) -> list[LayerReport]:
-        """The layers with the largest relative errors."""
-        return sorted(self.layers, key=lambda row: -row.error)[:count]
+        """The layers that lose most of the change."""
+        return sorted(self.layers, key=lambda row: -row.error * row.norm)[:count]
 
     def header(self) -> str:
         """For the file's header: the two numbers as JSON."""
@@ -106,7 +109,14 @@ class Report:
         left = [{"file": file, "key": key, "why": why} for file, key, why in self.left_out]
         size = self.file.stat().st_size if self.file.is_file() else 0
         told = {"error": self.error, "kept": self.kept, "loss": self.loss}
-        return {"file": str(self.file), "bytes": size, **told, "layers": rows, "left_out": left}
+        return {
+            "file": str(self.file),
+            "bytes": size,
+            **told,
+            "layers": rows,
+            "left_out": left,
+            "notes": list(self.notes),
+        }
 
 
 def write_result(
@@ -120,10 +130,12 @@ def write_result(
     header: Mapping[str, str],
     left_out: tuple[tuple[str, str, str], ...] = (),
     words: Sequence[Word] = (),
+    notes: tuple[str, ...] = (),
 ) -> Iterator[Progress | Report]:
     """Write `count` layers in the wanted form; progress first, the report last. Closing the iterator leaves no file.
 
-    Only the layer at hand is in memory. Ranks that are shared over the layers take a pass more.
+    Only the layer at hand is in memory. Ranks that are shared over the layers take a pass more. The file is opened once
+    before the report is given. Raises UserError where not every layer is found in it again.
     """
     ranks: dict[str, int] = {}
     if form.shares_ranks:
@@ -146,9 +158,23 @@ def write_result(
             rows.append(_report_on(layer, adapter, leaves, module))
             yield Progress(before + number, total, layer.site)
         writer.add_words(words)
-        report = Report(path, tuple(rows), left_out)
+        report = Report(path, tuple(rows), left_out, notes)
         writer.finish({**header, "reparam_loss": report.header()})
+    open_once(path, base, [row.site for row in rows if row.form != form_name(None)])
     yield report
+
+
+def open_once(path: Path, base: Base, sites: Sequence[str]) -> None:
+    """Open a written file as any other. Raises UserError, and deletes it, where it does not hold these layers."""
+    try:
+        located, left = read_adapter(path).locate(base.parts)
+        missing = [site for site in sites if site not in located] or [key for key, _ in left]
+        why = f"{len(missing)} of its layers are not read again, the first is {missing[0]}." if missing else ""
+    except UserError as error:
+        why = str(error)
+    if why:
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path.name} was written but cannot be opened.", why, "This is a bug; please file an issue.")
 
 
 def _shared_ranks(
