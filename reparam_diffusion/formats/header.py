@@ -294,7 +294,7 @@ def compare_headers(headers: Sequence[Mapping[str, str]]) -> list[str]:
     for key, label in _COMPARED.items():
         values = dict.fromkeys(header.get(key, "") for header in headers)
         named = [value for value in values if value not in ("", "None")]
-        if len(values) > 1 and (len(named) > 1 or key == "ss_zero_terminal_snr" and "True" in named):
+        if len(values) > 1 and (len(named) > 1 or (key == "ss_zero_terminal_snr" and "True" in named)):
             notes.append(f"The {label} differs ({', '.join(value or 'not said' for value in values)}); it is left out.")
     kinds = [find_prediction_type(header) for header in headers]
     if "v" in kinds and "" in kinds:

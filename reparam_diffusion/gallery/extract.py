@@ -50,7 +50,7 @@ def extract(
     The report's loss is measured against everything that changed in these layers. Raises UserError before any work
     where `out` exists or cannot be written, and for weights that are NaN or infinity.
     """
-    require_new_file(out, sources=[model.folder for model in (tuned, base) if model.folder is not None])
+    require_new_file(out)
     for model in (tuned, base):
         require_weights(model)
     found = find_moved(tuned, base)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import is_same_place, require_writable
 from reparam_diffusion.models.habits import DENOISE
 
 Workspace = Annotated[Path, typer.Option(help="Folder for runs, adapters and pictures.")]
@@ -77,6 +78,10 @@ def generate(
         raise UserError(
             f"{out.name} is no PNG.", "Settings are kept in the picture, which PNG can.", "Name a .png or a folder."
         )
+    for given in (image, mask):
+        if out is not None and given is not None and is_same_place(out, given):
+            raise UserError(f"{out} would replace the input.", do="Choose another name for the result.", place="out")
+    require_writable(out or images.images_of(workspace))
     used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
     values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
     values |= {"prompt": text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}
