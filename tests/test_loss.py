@@ -37,13 +37,13 @@ FORMS = [
 STRENGTHS = (0.8, 0.6)
 
 
-def dense_error(parts: dict, sources: list[Source], out: Path) -> tuple[float, float]:
+def dense_error(model_parts: dict, sources: list[Source], out: Path) -> tuple[float, float]:
     """(relative error, cosine) of a file against the dense sum of its sources, over all layers."""
     exact: dict[str, torch.Tensor] = {}
     for source in sources:
-        for site, change in changes(parts, source.file, source.strength).items():
+        for site, change in changes(model_parts, source.file, source.strength).items():
             exact[site] = exact.get(site, 0) + change.double()
-    written = changes(parts, out)
+    written = changes(model_parts, out)
     wrong = size = dot = own = 0.0
     for site, wanted in exact.items():
         there = written[site].double() if site in written else torch.zeros_like(wanted)

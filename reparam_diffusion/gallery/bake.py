@@ -134,7 +134,7 @@ def _header(model: Model, opened: Opened, out: Path) -> dict[str, str]:
 
 
 def _marks(model: Model) -> Iterator[tuple[str, Tensor]]:
-    """Empty tensors by which programs know a single file's schedule: v-prediction, and noise that ends in pure noise."""
+    """Empty tensors by which programs know a single file's v-prediction and zero terminal SNR."""
     if model.prediction_type == "v_prediction" and model.family != "sd2":
         yield "v_pred", torch.zeros(0)
     if model.scheduler.config.get("rescale_betas_zero_snr"):
