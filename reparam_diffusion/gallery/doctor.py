@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import require_new_file
 from reparam_diffusion.formats.container import data_hash
 from reparam_diffusion.formats.families import FAMILY_TITLES, UNKNOWN, family_in_header, is_other
+from reparam_diffusion.formats.finite import find_broken_tensor
+from reparam_diffusion.formats.header import inherit_header
 from reparam_diffusion.formats.names import Family, Parts, module_at
 from reparam_diffusion.formats.programs import Verdict, names_of, readers, traits_of
 from reparam_diffusion.formats.read import AdapterFile, Site, read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
-from reparam_diffusion.gallery.blend.result import Progress
+from reparam_diffusion.gallery.blend.result import Progress, open_once
 from reparam_diffusion.gallery.blend.sources import Base
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.skeleton import skeleton
@@ -177,19 +177,13 @@ def _fits(file: AdapterFile, parts: Parts) -> int:
 
 def _fault(site: Site, parts: Parts, live: str) -> str:
     """Why a layer cannot be used: "NaN", that it does not fit, or "" where nothing is wrong."""
-    if any(not _is_finite(name, site, tensor) for name, tensor in site.leaves.items()):
+    if find_broken_tensor(site):
         return "NaN"
     try:
         site.adapter(module_at(parts, live))
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _is_finite(name: str, site: Site, tensor: Tensor) -> bool:
-    if name == "alpha" and any(leaf.startswith("lokr") for leaf in site.leaves):
-        return True
-    return bool(torch.isfinite(tensor.float()).all())
 
 
 def _findings(file: AdapterFile, located: Mapping[str, Site], base: Base) -> tuple[list[Finding], int]:
@@ -223,7 +217,7 @@ def _findings(file: AdapterFile, located: Mapping[str, Site], base: Base) -> tup
 
 def _values(file: AdapterFile) -> list[Finding]:
     """What is wrong with the numbers alone, where there is no base to hold the shapes against."""
-    bad = [site.key for site in file.layers.values() if not all(_is_finite(n, site, t) for n, t in site.leaves.items())]
+    bad = [site.key for site in file.layers.values() if find_broken_tensor(site)]
     zero = [site.key for site in file.layers.values() if _is_zero(site)]
     rows = [
         Finding("Values that are not numbers (NaN or infinity)", tuple(bad)),
@@ -265,19 +259,23 @@ def repair(
     path: Path, out: Path, *, model: Model | None = None, precision: Precision = "fp16"
 ) -> Iterator[Progress | Path]:
     """Write what is right of a file anew: names, alphas and header as programs read them, broken layers left out."""
+    require_new_file(out, sources=[path])
     file = read_adapter(path)
     base, why = base_of(file, model)
     if base is None:
         raise UserError(f"{path.name} cannot be repaired here.", f"{why}.", "Use a program that has its base model.")
     located, _ = file.locate(base.parts)
+    right: list[str] = []
     kept = dict(file.metadata)
     for key in ("sshs_model_hash", "sshs_legacy_hash", "ss_network_module", "ss_base_model_version", "ss_v2"):
         kept.pop(key, None)
     kept = {key: value for key, value in kept.items() if key not in ("modelspec.architecture", "lora_adapter_metadata")}
+    kept |= inherit_header([file.metadata], base.family)
     with AdapterWriter(out, parts=base.parts, family=base.family, precision=precision) as writer:
         for number, (live, site) in enumerate(located.items(), 1):
             if not _fault(site, base.parts, live) and not _is_zero(site):
                 writer.add(live, site.adapter(module_at(base.parts, live)))
+                right.append(live)
             file.let_go()
             yield Progress(number, len(located), live)
         writer.add_words(file.words_for(base.parts)[0])
@@ -287,6 +285,7 @@ def repair(
             raise UserError(
                 "Nothing of this file can be saved.", error.why, "Get it again from where it came."
             ) from None
+    open_once(out, base, right)
     yield out
 
 

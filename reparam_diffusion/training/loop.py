@@ -222,7 +222,11 @@ class _Look:
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
                         yield Prepared("preview pictures", number, len(self.prompts))
-                    seed, path = save_preview(self.setup, prompt, number, step)
+                    try:
+                        seed, path = save_preview(self.setup, prompt, number, step)
+                    except UserError as error:  # such as NaN: the run goes on
+                        yield Warned(f'No sample of "{prompt}" at step {step}. {error}')
+                        continue
                     yield Sampled(step, prompt, seed, path)
 
     def keep(self, step: int) -> Iterator[Event]:
