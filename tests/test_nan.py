@@ -84,7 +84,7 @@ def run(*words: object) -> UserError:
         ["export", "{file}", "--model", "starter", "--out", "{out}"],
         ["export", "{file}", "--model", "starter", "--to", "peft", "--out", "{out}"],
         ["compare", "{file}", "{file}"],
-        ["bake", "{file}", "--out", "{out}"],
+        ["bake", "{file}", "--out", "{out}-folder"],
     ],
     ids=lambda words: " ".join(words[:1] + words[2:4]),
 )
@@ -147,6 +147,31 @@ def test_a_nan_image_is_an_error_and_no_black_image(starter: Model, tmp_path: Pa
         warnings.simplefilter("error", RuntimeWarning)
         with pytest.raises(UserError, match=r"1 of .* layers"):
             generate(load_model(broken, device="cpu"), "a cat", steps=1)
+
+
+def test_a_broken_layer_is_named_where_generation_leaves_it_out(adapter: Path, starter: Model) -> None:
+    with pytest.warns(UserWarning, match=r"broken.safetensors.*to_q.*not numbers"):
+        generate(starter, "a cat", adapters=[adapter], steps=1)
+
+
+def test_a_sample_that_is_nan_is_a_warning_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from reparam_diffusion.events import Sampled, Warned
+    from reparam_diffusion.training import loop
+
+    def save(_: object, prompt: str, number: int, step: int) -> tuple[int, str]:
+        if number == 0:
+            raise UserError("The image could not be generated.")
+        return 7, "samples/1.png"
+
+    monkeypatch.setattr(loop, "save_preview", save)
+    look = object.__new__(loop._Look)
+    look.prompts, look.learner, look.setup = ["a", "b"], SimpleNamespace(averaged=nullcontext), None
+    warned, sampled = look.draw(3)
+    assert isinstance(warned, Warned) and '"a" at step 3' in warned.message
+    assert isinstance(sampled, Sampled) and sampled.prompt == "b"
 
 
 def test_an_overflow_of_the_vae_and_of_the_sampling_are_told_apart(starter: Model) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ from reparam_diffusion.formats.write import DTYPES, Precision
 from reparam_diffusion.gallery.blend.result import Progress
 from reparam_diffusion.gallery.blend.sources import Base, Opened, Source, require_one_prediction
 from reparam_diffusion.maths.change import Change, total
+from reparam_diffusion.maths.loss import describe_loss, kept_share
+from reparam_diffusion.maths.lowrank import relative
 from reparam_diffusion.models.checkpoint import read_header
 from reparam_diffusion.models.finite import require_weights
 from reparam_diffusion.models.load import Model
@@ -38,14 +41,32 @@ from reparam_diffusion.models.source import find_source
 Kind = Literal["folder", "checkpoint"]
 
 
+@dataclass(frozen=True)
+class Baked:
+    """A model with adapters merged in, and what rounding its weights costs of the adapters' change."""
+
+    path: Path
+    error: float
+    """‖written − (W + Δ)‖ / ‖Δ‖ over all changed layers."""
+
+    @property
+    def loss(self) -> str:
+        """In words, such as "keeps 96 % of the change (relative error 0.2)"."""
+        return describe_loss(self.error)
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"model": str(self.path), "error": self.error, "kept": kept_share(self.error), "loss": self.loss}
+
+
 def bake(
     model: Model, sources: Sequence[Source], out: Path, *, kind: Kind = "folder", precision: Precision = "fp16"
-) -> Generator[Progress | Path, None, None]:
-    """Save the model with adapters merged in; yields progress, then the path. Closing it early leaves nothing.
+) -> Generator[Progress | Baked, None, None]:
+    """Save the model with adapters merged in; yields progress, then the result. Closing it early leaves nothing.
 
     "checkpoint" is one .safetensors with the original Stable Diffusion names, which programs open as a base model.
     Learned words have no place in a model: each is put beside it as a textual inversion, <name>-embedding.safetensors.
-    What is written is opened once before the path is given. Raises UserError before any work when `out` is taken or
+    What is written is opened once before the result is given. Raises UserError before any work when `out` is taken or
     cannot be written, for NaN or infinity, where an adapter brings a bias to a layer that has none, and for a single
     file of a model in another shape than its family's, which no program could open.
     """
@@ -58,7 +79,7 @@ def bake(
     words = opened.words
     for file in embedding_paths(out, len(words)):
         require_new_file(file)
-    merged = _Merged(model, opened)
+    merged = _Merged(model, opened, precision)
     header = _header(model, opened, out)
     if kind == "checkpoint":
         named = chain(original_names(model.parts, model.vae, model.family, merged), _marks(model))
@@ -71,7 +92,7 @@ def bake(
             yield Progress(min(number, count), count, name)
     write_beside(out, words, model.family)
     open_model(out, model)
-    yield out
+    yield Baked(out, relative(merged.wrong**0.5, merged.size**0.5))
 
 
 def require_single_file(model: Model, out: Path) -> None:
@@ -144,7 +165,9 @@ def _marks(model: Model) -> Iterator[tuple[str, Tensor]]:
 class _Merged:
     """The weights to write, by "<part>.<key>": the live ones with the adapters' change added where there is one."""
 
-    def __init__(self, model: Model, opened: Opened) -> None:
+    def __init__(self, model: Model, opened: Opened, precision: Precision) -> None:
+        self._dtype = DTYPES[precision]
+        self.wrong = self.size = 0.0  # squares, of what rounding takes away and of the change
         self._live, self._opened = live_weights(model.parts), opened
         self._sites = frozenset(opened.sites)
         self._last: tuple[str, Change] | None = None  # a layer's weight and bias come one after the other
@@ -160,7 +183,12 @@ class _Merged:
             self._last = (site, total([layer.wanted for layer in self._opened.layers(site)]))
         change = self._last[1]
         added = change.bias if leaf == "bias" else change.matrix().reshape(change.shape)
-        return tensor if added is None else tensor.float() + added
+        if added is None:
+            return tensor
+        moved = tensor.float() + added
+        self.wrong += float((moved.to(self._dtype).float() - moved).norm()) ** 2
+        self.size += float(added.norm()) ** 2
+        return moved
 
     def _check(self, site: str, model: Model) -> None:
         part, _, path = site.partition(".")

@@ -47,6 +47,7 @@ def bake(
     import torch
 
     from reparam_diffusion.formats.read import read_adapter
+    from reparam_diffusion.gallery.bake import Baked
     from reparam_diffusion.gallery.bake import bake as work
     from reparam_diffusion.models.load import load_model
 
@@ -54,8 +55,9 @@ def bake(
     require_new_file(out, sources=[source.file for source in chosen])
     kind = "checkpoint" if out.suffix == ".safetensors" else "folder"
     base = load_model(model, device="cpu", dtype=torch.float32)
-    follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
-    say(json.dumps({"model": str(out)}) if as_json else str(out))
+    done = follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
+    assert isinstance(done, Baked)
+    say(json.dumps(done.to_dict()) if as_json else f"{out}\nThe model {done.loss}.")
     if not as_json and any(read_adapter(source.file).words for source in chosen):
         say("A model has no place for learned words: they are beside it, as -embedding.safetensors files.")
 
