@@ -18,6 +18,7 @@ from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, ray_jobs, runs
+from reparam_diffusion.training.check import check_model, check_settings
 from ui.form import flat, nested
 
 HIDDEN = ("data.images", "schema_version", "title", "about")
@@ -85,6 +86,8 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
     config = resolve_start(config, workspace)
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
+    check_settings(config)
+    check_model(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
     masks = config.data.masks
     if masks == BESIDE:

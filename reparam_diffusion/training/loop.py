@@ -36,7 +36,7 @@ from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.words import Word, spoken
 from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
-from reparam_diffusion.training.check import check_settings
+from reparam_diffusion.training.check import check_images, check_model, check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
 from reparam_diffusion.training.facts import ADAPTER, steps_of, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
@@ -74,6 +74,8 @@ def train(
     """
     begun = time.time()
     check_settings(config)
+    check_images(config)
+    check_model(config)
     folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
@@ -277,7 +279,7 @@ def _prepared(
         if said != READY:
             return None
         tile = int(theirs)
-    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile)
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile, ranks=processes.ranks)
     while True:
         try:
             yield next(preparing)
