@@ -5,17 +5,25 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from reparam_diffusion.errors import NothingToDo, UserError, explain_os_error, unknown_name
-from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
+from reparam_diffusion.jobs import (
+    cache_commands,
+    check_commands,
+    draw_command,
+    file_commands,
+    gallery_commands,
+    model_commands,
+)
 from reparam_diffusion.printable import hush_libraries, say
 
 if TYPE_CHECKING:
+    from reparam_diffusion.data.images import Picture
     from reparam_diffusion.events import Event
 
 app = typer.Typer(
@@ -80,7 +88,7 @@ def train(
     for note in [*layout, *presets.notes_on(preset, config, card=card)] if is_first() else ():
         say(f"Note: {note}", err=True)
     if dry_run:
-        _say_plan(config, workspace, pictures=len(main.pictures))
+        _say_plan(config, workspace, pictures=main.pictures)
         return
     check(config)
     require_workspace(workspace, "runs")
@@ -185,7 +193,7 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     say(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
-for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands):
+for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands, cache_commands):
     commands.register(app)
 
 
@@ -206,7 +214,7 @@ def _run_folder(run: str, workspace: Path) -> Path:
     raise unknown_name("run", run, [folder.name for folder in known])
 
 
-def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
+def _say_plan(config: Any, workspace: Path, *, pictures: Sequence[Picture]) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
     from reparam_diffusion.jobs.runs import with_start
@@ -214,7 +222,8 @@ def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     from reparam_diffusion.training.check import check_settings
 
     check_settings(config)
-    cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
+    sides = [(image.width, image.height) for image in pictures]
+    cost = cost_here(with_start(config, workspace), pictures=len(pictures), workspace=workspace, sides=sides)
     say(f"On {config.model.path}, on {pick_device(config.model.device)}.")
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         say(line)

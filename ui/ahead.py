@@ -18,7 +18,7 @@ from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import estimates, presets, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
-from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.outline import check_vae, outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
 from reparam_diffusion.training.prepare import captions_of
 from ui import starting
@@ -46,9 +46,11 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
         outline(mine.model.path)
         data, layout = expand_folders(mine.data)
         mine = mine.model_copy(update={"data": data})
+        check_vae(mine.model.vae)
         count_further(mine.data)
-    except UserError:  # a mistake in the settings is told at its control when Start is pressed
-        return Ahead(cards({}), "", is_complete=True)
+    except UserError as error:  # it is shown at its control, too, when Start is pressed
+        told = f'<p class="cost" role="status">No estimate: {escape(str(error))}</p>' if chosen else ""
+        return Ahead(cards({}), told, is_complete=True)
     others = {
         name: starting.settled(workspace, settings["preset"], mine.data.kind, name, card=settings["card"])
         for name in METHODS
@@ -56,7 +58,10 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
     }
     configs = {mine.adapter.method: mine, **{name: _like(other, mine) for name, other in others.items()}}
     pictures = len(chosen.pictures) if chosen else SUPPOSED
-    costs = {name: estimates.cost(one, pictures=pictures, workspace=workspace) for name, one in configs.items()}
+    sides = [(one.width, one.height) for one in chosen.pictures] if chosen else None
+    costs = {
+        name: estimates.cost(one, pictures=pictures, workspace=workspace, sides=sides) for name, one in configs.items()
+    }
     if chosen is None:
         return Ahead(cards(costs), "", is_complete=True)
     is_measuring = estimates.find_out([mine])

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
@@ -22,10 +22,11 @@ from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Pa
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import locate, make_slug
 from reparam_diffusion.jobs import locks
+from reparam_diffusion.jobs.event_log import EventLog
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
-from reparam_diffusion.training.check import check_settings
+from reparam_diffusion.training.check import check_model, check_settings
 
 __all__ = [
     "EventLog",
@@ -64,6 +65,7 @@ def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) 
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
     check_settings(config)
     config = choose_seeds(_with_absolute_paths(with_start(config, workspace)))
+    check_model(config)
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))
@@ -163,34 +165,6 @@ def read_queue(workspace: Path) -> dict[str, bool]:
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
-class EventLog:
-    """Appends to a run's events.jsonl: one write call a line, so that a reader never sees two lines mixed."""
-
-    def __init__(self, folder: Path) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(folder / "events.jsonl", flags, 0o644)
-        if _ends_torn(folder / "events.jsonl"):
-            os.write(self._fd, b"\n")  # a killed worker's half line must not swallow our first one
-
-    def append(self, event: Event) -> None:
-        """Write one event."""
-        os.write(self._fd, event.to_json().encode() + b"\n")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _ends_torn(file: Path) -> bool:
-    with file.open("rb") as lines:
-        if lines.seek(0, os.SEEK_END) == 0:
-            return False
-        lines.seek(-1, os.SEEK_END)
-        return lines.read(1) != b"\n"
-
-
 def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
     """The events after a byte offset, and the offset to go on from. A torn last line is left for the next time."""
     try:

@@ -82,8 +82,15 @@ def work(
         def stop() -> str:
             return signalled() or runs.asked(folder) or runs.take_sample(folder)
 
+        log.reserve()
         for event in _told(config, folder, stop, resume=resume, train=train):
-            log.append(event)
+            try:
+                log.append(event)
+            except OSError as error:  # the disk is full: the last checkpoint is whole
+                failed = _explained(error, folder)
+                log.append_last(failed)
+                yield failed
+                break
             yield event
         runs.clear_requests(folder)
     leave_processes()
@@ -219,7 +226,11 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
             "Choose your graphics card's settings, gradient checkpointing, batch 1, or a smaller resolution or rank.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return e.Failed("The disk is full.", f"There is no room left for {folder}.", "Make room, then resume the run.")
+        return e.Failed(
+            "The disk is full.",
+            f"Nothing more fits into {folder}.",
+            "Free some space and resume; the last checkpoint is whole.",
+        )
     return e.Failed(
         "The training broke off through a mistake of ours.",
         re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])[:300],

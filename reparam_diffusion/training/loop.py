@@ -37,7 +37,7 @@ from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.words import Word, spoken
 from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
-from reparam_diffusion.training.check import check_settings
+from reparam_diffusion.training.check import check_images, check_model, check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
 from reparam_diffusion.training.facts import ADAPTER, steps_of, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
@@ -174,6 +174,8 @@ def _check_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     data, notes = expand_folders(config.data)
     config = config.model_copy(update={"data": data})
     check_settings(config)
+    check_images(config)
+    check_model(config)
     return config, list(notes)
 
 
@@ -292,7 +294,7 @@ def _prepared(
         if said != READY:
             return None
         tile = int(theirs)
-    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile)
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile, ranks=processes.ranks)
     while True:
         try:
             yield next(preparing)
