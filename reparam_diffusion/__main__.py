@@ -5,17 +5,25 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from reparam_diffusion.errors import UserError, explain_os_error, unknown_name
-from reparam_diffusion.jobs import check_commands, draw_command, file_commands, gallery_commands, model_commands
+from reparam_diffusion.errors import NothingToDo, UserError, explain_os_error, unknown_name
+from reparam_diffusion.jobs import (
+    cache_commands,
+    check_commands,
+    draw_command,
+    file_commands,
+    gallery_commands,
+    model_commands,
+)
 from reparam_diffusion.printable import hush_libraries, say
 
 if TYPE_CHECKING:
+    from reparam_diffusion.data.images import Picture
     from reparam_diffusion.events import Event
 
 app = typer.Typer(
@@ -49,6 +57,7 @@ def train(
     from datetime import datetime
 
     from reparam_diffusion import config as c
+    from reparam_diffusion.data.folder_layout import expand_folders
     from reparam_diffusion.data.sets import find_all
     from reparam_diffusion.jobs import presets
     from reparam_diffusion.jobs.launchers import new_run
@@ -73,11 +82,13 @@ def train(
     config = c.settle(c.find_preset(preset) if preset else {}, card_layer(card), flags, c.parse_set(settings or []))
     if not config.data.images:
         raise UserError("No pictures were given.", do="Name a folder with --images.", place="data.images")
+    data, layout = expand_folders(config.data)
+    config = config.model_copy(update={"data": data})
     main, *_ = find_all(config.data, least_side=1)  # a wrong path is told before anything is made
-    for note in presets.notes_on(preset, config, card=card) if is_first() else ():
+    for note in [*layout, *presets.notes_on(preset, config, card=card)] if is_first() else ():
         say(f"Note: {note}", err=True)
     if dry_run:
-        _say_plan(config, workspace, pictures=len(main.pictures))
+        _say_plan(config, workspace, pictures=main.pictures)
         return
     check(config)
     require_workspace(workspace, "runs")
@@ -96,11 +107,17 @@ def resume(
     workspace: Workspace = Path("workspace"),
     as_json: Json = False,
 ) -> None:
-    """Go on with a run from its last checkpoint."""
+    """Go on with a run from its last checkpoint. A finished run stays as it is: nothing to do, exit code 0."""
     from reparam_diffusion.files import require_writable
     from reparam_diffusion.jobs.launchers import change_processes
+    from reparam_diffusion.jobs.runs import check_not_queued, check_unfinished, has_worker
+    from reparam_diffusion.training.processes import is_first
 
     folder = _run_folder(run, workspace)
+    if is_first():
+        check_not_queued(folder)
+        if not has_worker(folder):
+            check_unfinished(folder)
     require_writable(folder / "events.jsonl")
     if processes:
         change_processes(folder, processes)
@@ -115,14 +132,14 @@ def stop(
 ) -> None:
     """Ask a run to stop: it saves its adapter and ends; it can be resumed."""
     from reparam_diffusion.files import require_writable
-    from reparam_diffusion.jobs.runs import ask, state_of
+    from reparam_diffusion.jobs import queue
 
     folder = _run_folder(run, workspace)
-    if not state_of(folder).is_live:
-        raise UserError(f"The run {folder.name} is not running.", f"It is {state_of(folder).state}.")
     require_writable(folder / "ask" / "stop")
-    ask(folder, "pause" if pause else "stop")
-    say(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    if queue.stop(folder, "pause" if pause else "stop"):
+        say(f"Asked {folder.name} to {'pause' if pause else 'stop'}.")
+    else:
+        say(f"Took {folder.name} out of the queue.")
 
 
 @app.command()
@@ -176,7 +193,7 @@ def demo(workspace: Workspace = Path("workspace"), preset: str = "quick") -> Non
     say(f"Before and after: {grid.resolve()}\nAdapter: {adapter.resolve()}\nTook {seconds:.0f} seconds.")
 
 
-for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands):
+for commands in (draw_command, file_commands, gallery_commands, model_commands, check_commands, cache_commands):
     commands.register(app)
 
 
@@ -197,7 +214,7 @@ def _run_folder(run: str, workspace: Path) -> Path:
     raise unknown_name("run", run, [folder.name for folder in known])
 
 
-def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
+def _say_plan(config: Any, workspace: Path, *, pictures: Sequence[Picture]) -> None:
     """What the run would cost. Any: config's module is imported late."""
     from reparam_diffusion.jobs.estimates import cost_here
     from reparam_diffusion.jobs.runs import with_start
@@ -205,7 +222,8 @@ def _say_plan(config: Any, workspace: Path, *, pictures: int) -> None:
     from reparam_diffusion.training.check import check_settings
 
     check_settings(config)
-    cost = cost_here(with_start(config, workspace), pictures=pictures, workspace=workspace)
+    sides = [(image.width, image.height) for image in pictures]
+    cost = cost_here(with_start(config, workspace), pictures=len(pictures), workspace=workspace, sides=sides)
     say(f"On {config.model.path}, on {pick_device(config.model.device)}.")
     for line in [*cost.sentences(), *(f"  {note}" for note in cost.notes)]:
         say(line)
@@ -253,6 +271,8 @@ def main() -> None:
     hush_libraries()
     try:
         app()
+    except NothingToDo as note:
+        say(f"Nothing to do: {note}", err=True)
     except UserError as error:
         _end_with(error)
     except OSError as error:

@@ -6,6 +6,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -79,9 +80,14 @@ def apply_adapter(
     Raises UserError when the file cannot be read or nothing in it fits the model.
     """
     bound = bind(model, file_or_folder)
-    add_words(model, bound.words)
-    applied = Applied(model, attach(model.parts, bound.adapters), bound)
-    applied.set_strength(strength, te_strength)
+    with ExitStack() as undo:  # after an error, a Ctrl-C too, the model is as it was
+        add_words(model, bound.words)
+        undo.callback(take_words, model, bound.words)
+        injection = attach(model.parts, bound.adapters)
+        undo.callback(injection.remove)
+        applied = Applied(model, injection, bound)
+        applied.set_strength(strength, te_strength)
+        undo.pop_all()
     return applied
 
 
@@ -102,10 +108,9 @@ def bind(model: Model, file_or_folder: str | Path) -> Bound:
     adapters, unmatched = file.match(model.parts)
     words, others = file.words_for(model.parts)
     if not adapters:
-        key, why = unmatched[0] if unmatched else ("", "it is empty")
         raise UserError(
             f"{Path(file_or_folder).name} does not fit this base model.",
-            f"None of its layers match: {key}: {why}" if key else f"None of its layers match: {why}.",
+            file.misfit(unmatched, model.family),
             "Use it with the base model it was made for.",
         )
     return Bound(adapters, words, unmatched + others, _ends_in_noise(file, model))

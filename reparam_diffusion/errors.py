@@ -30,6 +30,10 @@ class Note(UserWarning):
     """A warning for users; all others come from libraries and are for developers."""
 
 
+class NothingToDo(UserError):
+    """A command that has nothing to do: the sentence is shown, nothing is changed, and it is no failure."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, do: str = "", place: str = "") -> UserError:
     """What to say about a name that there is none of: the nearest known one, else the known ones, else `do`.
 

@@ -57,6 +57,8 @@ class Prepared(Event):
     phase: str
     done: int
     total: int
+    waiting_for: str = ""
+    """The process that holds the device, in words, while the run waits for it."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Failed(Event):
     what: str
     why: str = ""
     do: str = ""
+
+
+FINISHED_BEFORE = "This run is finished."
+"""The Failed with which version 0.1 answered the resume of a finished run."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _PART = re.compile(r"\..*?\.(?:(?P<place>[0-9a-f]{8})\.)?(?P<pid>\d+)-\d+\.part"
 _LONGEST = 120
 """Bytes of the target's name in the name of a hidden file, which file systems limit to 255."""
 _DAY = 86400.0
+_FOLDERS = ("adapters", "models", "exports", "images", "bin")
 _numbers = itertools.count()
 _swept: set[Path] = set()
 
@@ -90,6 +91,12 @@ def hidden_part(path: Path) -> Path:
     """A new hidden name in the same folder, with the machine and the process that it belongs to."""
     start = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
     return path.with_name(f".{start}.{_machine()}.{os.getpid()}-{next(_numbers)}.part")
+
+
+def cache_file(name: str) -> Path:
+    """A file in the user's cache folder: what was measured on this machine, and the locks of its devices."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "reparam-diffusion" / name
 
 
 @contextmanager
@@ -169,6 +176,13 @@ def sweep_leftovers(folder: Path) -> list[Path]:
                     shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
                     removed.append(part)
     return removed
+
+
+def sweep_workspace(workspace: Path) -> list[Path]:
+    """Sweep a workspace's folders for files: at the start of the app, and of work on files; gives what was deleted."""
+    folders = [workspace, *(workspace / name for name in _FOLDERS)]
+    folders += [inner for name in ("exports", "images") for inner in (workspace / name).glob("*") if inner.is_dir()]
+    return [part for folder in folders for part in sweep_leftovers(folder)]
 
 
 def _sweep_once(folder: Path) -> None:

@@ -153,29 +153,33 @@ def attach(
     """Attach adapters to the modules their sites name. Raises KeyError for a site that the model lacks.
 
     Adapters move to their host's device (or `device`, where hosts rest elsewhere than they work) and stay fp32. A
-    second attach extends the same hooks.
+    second attach extends the same hooks. After an error the model is as it was.
     """
     modules = {site: find_module(parts, site) for site in adapters}
     injection = Injection(parts, adapters)
-    for site, adapter in adapters.items():
-        module = modules[site]
-        hook = module.__dict__.get(_HOOK)
-        if hook is None:
-            hook = Hook(module)
+    try:
+        for site, adapter in adapters.items():
+            module = modules[site]
+            hook = module.__dict__.get(_HOOK) or Hook(module)
+            adapter.site = site
+            adapter.to(place := device or hook.host.device)
+            entry = Entry(adapter, torch.tensor(strength, device=place), on=strength != 0.0)
+            injection._hooks[site] = hook
+            injection._entries[site] = entry
+            hook.entries.append(entry)
             module.__dict__[_HOOK] = hook
             module.__dict__["forward"] = hook.forward
-        adapter.site = site
-        adapter.to(place := device or hook.host.device)
-        entry = Entry(adapter, torch.tensor(strength, device=place), on=strength != 0.0)
-        hook.entries.append(entry)
-        injection._hooks[site] = hook
-        injection._entries[site] = entry
+    except BaseException:  # a Ctrl-C too: half attached is not left behind, and the error goes on
+        injection.remove()
+        raise
     reset_compiled()
     return injection
 
 
 def _unhook(hook: Hook) -> None:
-    del hook.module.__dict__["forward"], hook.module.__dict__[_HOOK]
+    if hook.module.__dict__.pop(_HOOK, None) is None:
+        return  # it was not put on yet
+    hook.module.__dict__.pop("forward", None)
     if hook.had_own_forward:
         hook.module.__dict__["forward"] = hook.plain
 

@@ -18,8 +18,7 @@ FAST = {"steps": 2, "width": 32, "height": 32, "guidance": 3.0}
 
 def tiny_workspace(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A workspace with the tiny model and two adapters, a device lock of its own, and no process started."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(studio, "wake", lambda workspace, folder=None: None)
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "tiny").symlink_to(tiny)

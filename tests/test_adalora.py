@@ -133,3 +133,26 @@ def test_state_holds_what_the_allocation_remembers() -> None:
     twin.load_state(state)
     assert all(torch.equal(value, state[name]) for name, value in twin.state().items())
     assert twin.live_rank() == adapters["m.needy"].live_rank()
+
+
+@pytest.mark.parametrize("missed", [(140,), (139, 140, 141), tuple(range(140, 201))])
+def test_an_overflow_on_the_last_budget_step_keeps_the_final_ranks(missed: tuple[int, ...]) -> None:
+    """fp16: the step is not taken and brings no gradients, and the ranks are chosen all the same."""
+    plan = plan_sites({"m": Pair()}, {"m": ["*"]}, SPEC)
+    adapters = build_adapters({"m": Pair()}, plan, seed=0)
+    chance = torch.Generator().manual_seed(0)
+    for step in range(1, 201):
+        for adapter in adapters.values():
+            for parameter in adapter.parameters():
+                is_taken = step not in missed
+                parameter.grad = torch.randn(parameter.shape, generator=chance) if is_taken else None
+                parameter.data += 0.01 * torch.randn(parameter.shape, generator=chance) if is_taken else 0.0
+        METHODS["adalora"].after_step(list(adapters.values()), step, 200)
+    assert sum(adapter.live_rank() or 0 for adapter in adapters.values()) == 4
+
+
+def test_a_step_that_overflowed_earlier_takes_no_ranks_away() -> None:
+    adapters = build_adapters({"m": Pair()}, plan_sites({"m": Pair()}, {"m": ["*"]}, SPEC), seed=0)
+    before = [adapter.live_rank() for adapter in adapters.values()]
+    METHODS["adalora"].after_step(list(adapters.values()), 100, 200)
+    assert [adapter.live_rank() for adapter in adapters.values()] == before

@@ -88,7 +88,7 @@ def test_everything_that_is_broken_is_found_and_the_rest_is_saved(parts: dict, l
     )
     assert "a factor of shape (3, 5) does not fit" in str(next(f for f in found.findings if "shapes" in f.what).layers)
     assert any("nowhere" in layer for f in found.findings for layer in f.layers)
-    assert any("header says sdxl" in f.what for f in found.findings)
+    assert any("header says Stable Diffusion XL" in f.what for f in found.findings)
     assert any("hash" in f.what for f in found.findings)
     assert found.fitting == found.layers - 2
     assert not {v.program: v for v in found.verdicts}["LyCORIS"].opens
@@ -170,7 +170,7 @@ def test_the_base_is_known_by_its_header_or_by_what_fits(lora: Path, tmp_path: P
     found = diagnose(tmp_path / "two.safetensors")
     assert (found.family, found.fitting) == ("sd2", 1)
     assert "says otherwise" in found.certainty
-    assert any("header says sd1" in finding.what for finding in found.findings)
+    assert any("header says Stable Diffusion 1.x" in finding.what for finding in found.findings)
 
 
 # --- hostile files ----------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def full_above(
-    model: Model, monkeypatch: pytest.MonkeyPatch, most: int, *, in_slices: int = 0
+    model: Model, monkeypatch: pytest.MonkeyPatch, most: int, *, in_slices: int = 0, error: Exception | None = None
 ) -> list[tuple[int, str]]:
     """Let the UNet run out of memory for more than `most` latents at once, or more than those with its attention in
     slices; tells what it was called with.
@@ -36,7 +36,7 @@ def full_above(
     def hungry(latents: torch.Tensor, *rest: Any, **named: Any) -> Any:
         calls.append((len(latents), type(next(iter(model.unet.attn_processors.values()))).__name__))
         if len(latents) > (in_slices if calls[-1][1] == "SlicedAttnProcessor" else most):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error or torch.OutOfMemoryError("CUDA out of memory")
         return plain(latents, *rest, **named)
 
     monkeypatch.setattr(model.unet, "forward", hungry)
@@ -63,6 +63,30 @@ def test_fewer_are_drawn_at_once_when_the_memory_runs_out_and_one_in_slices_at_l
     for one, other in zip(plain, drawn, strict=True):
         assert np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max() <= 1
     assert {type(one).__name__ for one in model.unet.attn_processors.values()} == {"AttnProcessor2_0"}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"),
+        MemoryError(),
+    ],
+)
+def test_memory_of_a_cpu_or_mps_that_runs_out_lowers_the_batch_as_well(
+    model: Model, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    calls = full_above(model, monkeypatch, 4, error=error)
+    assert len(draw(model, "a toy", seeds=[1, 2, 3, 4], **FAST)) == 4
+    assert list(dict.fromkeys(count for count, _ in calls)) == [8, 4]
+
+
+def test_another_error_while_drawing_stays_what_it_is(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    full_above(model, monkeypatch, 4, error=RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        draw(model, "a toy", seeds=[1, 2, 3, 4], **FAST)
 
 
 def test_memory_that_is_not_enough_for_one_in_slices_either_is_told(

@@ -22,7 +22,7 @@ from reparam_diffusion.config import TrainConfig, find_preset, parse_set, settle
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.write import write_adapter
 from reparam_diffusion.jobs import estimates, locks, runs
-from reparam_diffusion.jobs.worker import device_of
+from reparam_diffusion.jobs.locks import device_of
 from reparam_diffusion.models.load import load_model
 from reparam_diffusion.models.outline import outline, shape_of
 from reparam_diffusion.models.precision import vae_dtype

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = {
-    "errors": 0, "events": 0, "files": 0, "printable": 0, "validation": 0, "maths": 1, "adapters": 2, "targets": 3, "inject": 3, "formats": 4, "models": 4,
+    "errors": 0, "events": 0, "files": 0, "printable": 0, "validation": 0, "workspace": 0, "maths": 1, "adapters": 2, "targets": 3, "inject": 3, "formats": 4, "models": 4,
     "config": 5, "data": 5, "apply": 5, "training": 6, "gallery": 6, "jobs": 7, "__main__": 7, "ui": 8, "app": 8,
     "__version__": 0,
 }  # fmt: skip

@@ -164,3 +164,22 @@ def test_an_input_rotation_costs_no_dense_product() -> None:
     with attach({"m": nn.Sequential(module)}, {"m.0": adapter}):
         module(x)
     assert seen == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_attach_that_fails_half_way_takes_its_hooks_off(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    first, adapters = adapters_of(model, "lora"), adapters_of(model, "lora")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    with attach({"m": model}, first) as kept:
+        hooks = [module.__dict__["_adapter_hook"] for module in model]
+        monkeypatch.setattr(adapters["m.1"], "to", fail)
+        with pytest.raises(type(error)):
+            attach({"m": model}, adapters)
+        assert [hook.entries for hook in hooks] == [[entry] for entry in kept._entries.values()], "only its own went"
+    with pytest.raises(type(error)):
+        attach({"m": model}, adapters)
+    assert all("forward" not in module.__dict__ and "_adapter_hook" not in module.__dict__ for module in model)

@@ -175,7 +175,7 @@ def test_the_form_survives_a_reload_with_its_pictures_and_edited_captions(opened
     expect(page.get_by_text("5 pictures ready")).to_be_visible()
     page.wait_for_timeout(500)
     page.reload()
-    expect(page.get_by_text("5 pictures ready, 5 with a caption.")).to_be_visible()
+    expect(page.get_by_text("5 pictures ready, 5 with a caption, 1 removed.")).to_be_visible()
     expect(page.get_by_label("Trigger word")).to_have_value("zwx")
     expect(page.get_by_role("radio", name=re.compile("^LoKr"))).to_be_checked()
     page.get_by_role("button", name="Captions of 5 pictures").click()
@@ -261,3 +261,29 @@ def details(client: Client, name: str) -> dict[str, Any]:
     """A run as the endpoint tells it. Any: JSON's own values."""
     told: dict[str, Any] = client.predict(name, api_name="/run_details")
     return told
+
+
+def test_captions_survive_adding_files_removing_images_and_a_reload(opened: Open, tmp_path: Path) -> None:
+    for number, name in enumerate(("a.png", "b.png", "c.png")):
+        Image.new("RGB", (64, 64), (60 * number, 90, 200)).save(tmp_path / name)
+    page = opened()
+    page.get_by_role("tab", name="Train").click()
+    drop = page.locator("#drop input[type=file]")
+    drop.set_input_files([tmp_path / "a.png", tmp_path / "b.png"])
+    expect(page.get_by_text("2 pictures ready.")).to_be_visible()
+    page.get_by_role("button", name="Captions of 2 pictures").click()
+    page.get_by_label("Caption of a.png").fill("typed for a")
+    page.get_by_label("Leave b.png out").click()
+    expect(page.get_by_text("1 picture ready, 1 with a caption, 1 removed.")).to_be_visible()
+    drop.set_input_files([tmp_path / "b.png", tmp_path / "c.png", tmp_path / "a.png"])
+    expect(page.get_by_text("2 pictures ready, 1 with a caption, 1 removed.")).to_be_visible()
+    expect(page.get_by_label("Caption of a.png")).to_have_value("typed for a")
+    page.wait_for_timeout(500)
+    page.reload()
+    expect(page.get_by_text("2 pictures ready, 1 with a caption, 1 removed.")).to_be_visible()
+    page.get_by_role("button", name="Captions of 2 pictures").click()
+    page.get_by_label("Put b.png back").click()
+    expect(page.get_by_label("Caption of b.png")).to_be_visible()
+    expect(page.get_by_label("Caption of a.png")).to_have_value("typed for a")
+    page.get_by_role("button", name="Remove all").click()
+    expect(page.get_by_text("5 to 20 pictures are good.")).to_be_visible()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from types import UnionType
+from typing import get_origin
 
 import gradio as gr
 import pytest
+from pydantic.fields import FieldInfo
 
 import app
 from reparam_diffusion.adapters import METHODS
@@ -100,6 +103,59 @@ def test_a_text_that_is_no_setting_is_told_with_its_place(form: Form, place: str
     with pytest.raises(UserError, match=words) as told:
         settle(starting.layer_of(form.settings(shown)))
     assert told.value.place.startswith(place)
+
+
+def shown_and_used(form: Form, place: str, typed: object) -> object:
+    """What a run gets where a control shows `typed`; raises UserError where it is refused."""
+    method = place.split(".")[1] if place.startswith("adapter.") else "lora"
+    values = starting.shown_of(settle({"adapter": {"method": method}, "data": {"trigger": "sks"}}))
+    value = form.controls[place].preprocess(typed)
+    config = settle(starting.layer_of(form.settings(values | {place: value})))
+    return starting.shown_of(config)[place]
+
+
+def wrong_values(field: FieldInfo) -> list[object]:
+    """Nothing, and numbers that a person may type by mistake."""
+    values: list[object] = [None]
+    if field.annotation is int:
+        values += [1.5, 0.25, -0.5]
+    if field.annotation in (int, float):
+        values += [-1e9, -1, 0, 1, 2, 1e12]
+    if field.annotation is str or get_origin(field.annotation) is UnionType:
+        values = ["", "  ", "something"]
+    return values
+
+
+def test_every_field_of_the_form_is_used_as_it_is_shown_or_refused_at_its_place(form: Form) -> None:
+    refused = 0
+    for place, field in form.fields.items():
+        for typed in wrong_values(field):
+            if isinstance(form.controls[place], gr.Textbox | gr.Dataframe) and typed is None:
+                continue
+            try:
+                used = shown_and_used(form, place, typed)
+            except UserError as error:
+                refused += 1
+                method = place.split(".")[1] if place.startswith("adapter.") else "lora"
+                assert starting.at_control(error.place, method) == place, (place, typed, error)  # noqa: PT017
+                continue
+            if isinstance(typed, str):
+                assert str(used).strip() == typed.strip(), (place, typed, used)
+            else:
+                assert used == typed and typed is not None, (place, typed, used)
+    assert refused > 150
+
+
+@pytest.mark.parametrize(("place", "typed"), [("training.learning_rate", None), ("training.steps", 1.5)])
+def test_an_emptied_or_fractional_number_is_not_replaced_in_silence(form: Form, place: str, typed: object) -> None:
+    with pytest.raises(UserError, match=place) as told:
+        shown_and_used(form, place, typed)
+    assert told.value.place == place
+
+
+def test_an_emptied_setting_of_another_method_does_not_matter(form: Form) -> None:
+    values = starting.shown_of(settle({"data": {"trigger": "sks"}}))
+    assert settle(starting.layer_of(form.settings(values | {"adapter.loha.rank": None}))).adapter.method == "lora"
 
 
 def test_presets_of_one_base_model_are_one_choice(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from reparam_diffusion import events as e
 from reparam_diffusion.config import parse_set, settle, to_toml
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import Step
-from reparam_diffusion.jobs import launchers, locks, queue, runs, worker
+from reparam_diffusion.jobs import causes, launchers, locks, queue, runs, worker
 from reparam_diffusion.training.loop import train
+from reparam_diffusion.training.processes import is_peer_lost
 from ui import run_fragments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,12 +215,12 @@ def two_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_locks_a_card_for_each_of_its_processes(two_cards: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def devices(**launch: object) -> list[str]:
-        return worker.devices_of(settle({"launch": launch}))
+        return locks.devices_of(settle({"launch": launch}))
 
     assert devices() == ["cuda:0"]
     assert devices(processes=2) == devices(launcher="accelerate") == ["cuda:0", "cuda:1"]
     assert devices(launcher="ray", processes=2) == []
-    assert worker.devices_of(settle({"launch": {"processes": 2}, "model": {"device": "cpu"}})) == ["cpu"]
+    assert locks.devices_of(settle({"launch": {"processes": 2}, "model": {"device": "cpu"}})) == ["cpu"]
     with pytest.raises(UserError, match="torch sees 2"):
         devices(processes=3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5ee")
@@ -246,3 +247,44 @@ def test_a_run_on_two_cards_waits_until_both_are_free(
     monkeypatch.setattr(queue, "LOOK_AGAIN", 0.01)
     queue.serve(workspace)
     assert started == [both.name, second.name]
+
+
+# --- the true cause --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "is_lost"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:4711", True),
+        ("[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", True),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes", False),
+        ("CUDA error: an illegal memory access was encountered", False),
+        ("The size of tensor a (3) must match the size of tensor b (4)", False),
+    ],
+)
+def test_only_a_lost_connection_is_told_as_the_end_of_another_process(words: str, is_lost: bool) -> None:
+    assert is_peer_lost(RuntimeError(words)) is is_lost
+
+
+def test_the_first_process_reports_why_another_one_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    causes.leave_cause(tmp_path, e.Failed("The disk is full.", "Because.", "Free some."))
+    assert causes.find_cause(tmp_path) is None, "only the first one reports"
+    monkeypatch.setenv("RANK", "0")
+    found = causes.find_cause(tmp_path)
+    assert found is not None and "Process 1" in found.what and "disk is full" in found.what and found.do == "Free some."
+    monkeypatch.setattr(causes, "PATIENCE", 0.0)
+    assert causes.find_cause(tmp_path) is None, "it is told once"
+    (tmp_path / ".failed-1.json").write_text(e.Failed("of last week", time=1.0).to_json())
+    assert causes.find_cause(tmp_path) is None, "what an earlier session left does not count"
+
+
+def test_a_run_whose_second_process_fails_says_what_failed_there(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "MODULE", "failing_worker")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
+    folder = new_run(workspace, steps=2000)
+    launchers.change_processes(folder, 2)
+    worker.launch(folder)
+    wait_for(lambda: runs.state_of(folder).state == "failed", seconds=60)
+    assert "illegal memory access" in runs.state_of(folder).message and "Process 1" in runs.state_of(folder).message

@@ -220,7 +220,7 @@ def test_emptying_deletes_what_was_named_and_only_in_the_bin(tmp_path: Path) -> 
 @pytest.fixture
 def stopped_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was stopped at its third step, with its first adapter on the shelf."""
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # the device lock must not wait for other tests
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # the device lock must not wait for other tests
     config = settle(
         {"data": {"images": "pictures", "trigger": "sks"}, "training": {"steps": 8}, "model": {"device": "cpu"}}
     )

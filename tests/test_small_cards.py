@@ -333,7 +333,7 @@ def hungry_above(model: Model, monkeypatch: pytest.MonkeyPatch, most: int, error
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")]
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory"), MemoryError()]
 )
 def test_encoding_goes_on_in_smaller_tiles_when_the_memory_runs_out(
     starter: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

@@ -330,9 +330,8 @@ def test_the_device_is_free_between_two_pictures(workspace: Path, monkeypatch: p
 # --- the real process ------------------------------------------------------------------------------------------------
 @pytest.fixture
 def own_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A temporary folder, and so a device lock, of this test's own, also for the processes it starts."""
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    """A cache folder, and so a device lock, of this test's own, also for the processes it starts."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def until(is_so: Callable[[], bool], *, seconds: float = 90) -> None:

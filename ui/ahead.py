@@ -12,12 +12,13 @@ import gradio as gr
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
-from reparam_diffusion.data.check import look_over
+from reparam_diffusion.data.check import look_over, note_unused_masks
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.jobs import estimates, presets, queue, runs
 from reparam_diffusion.jobs.datasets import PictureSet, with_words
-from reparam_diffusion.models.outline import outline
+from reparam_diffusion.models.outline import check_vae, outline
 from reparam_diffusion.training.estimate import COUNTED, Cost
 from reparam_diffusion.training.prepare import captions_of
 from ui import starting
@@ -43,9 +44,13 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
         mine = starting.resolve_start(settle(starting.layer_of(settings)), workspace)
         mine = runs.with_start(mine, workspace)
         outline(mine.model.path)
+        data, layout = expand_folders(mine.data)
+        mine = mine.model_copy(update={"data": data})
+        check_vae(mine.model.vae)
         count_further(mine.data)
-    except UserError:  # a mistake in the settings is told at its control when Start is pressed
-        return Ahead(cards({}), "", is_complete=True)
+    except UserError as error:  # it is shown at its control, too, when Start is pressed
+        told = f'<p class="cost" role="status">No estimate: {escape(str(error))}</p>' if chosen else ""
+        return Ahead(cards({}), told, is_complete=True)
     others = {
         name: starting.settled(workspace, settings["preset"], mine.data.kind, name, card=settings["card"])
         for name in METHODS
@@ -53,12 +58,15 @@ def look_ahead(workspace: Path, chosen: PictureSet | None, settings: Mapping[str
     }
     configs = {mine.adapter.method: mine, **{name: _like(other, mine) for name, other in others.items()}}
     pictures = len(chosen.pictures) if chosen else SUPPOSED
-    costs = {name: estimates.cost(one, pictures=pictures, workspace=workspace) for name, one in configs.items()}
+    sides = [(one.width, one.height) for one in chosen.pictures] if chosen else None
+    costs = {
+        name: estimates.cost(one, pictures=pictures, workspace=workspace, sides=sides) for name, one in configs.items()
+    }
     if chosen is None:
         return Ahead(cards(costs), "", is_complete=True)
     is_measuring = estimates.find_out([mine])
     is_wanted = estimates.find_out(list(configs.values()))
-    about = presets.notes_on(settings["preset"], mine, card=settings["card"])
+    about = [*layout, *presets.notes_on(settings["preset"], mine, card=settings["card"])]
     told = told_of(workspace, chosen, mine, costs[mine.adapter.method], about, is_measuring=is_measuring)
     return Ahead(cards(costs), told, is_complete=not is_wanted)
 
@@ -130,6 +138,8 @@ def notes_of(chosen: PictureSet, config: TrainConfig) -> list[str]:
         resolution=config.data.resolution or model.size,
         expected=f"{config.data.class_word} {model.habits.caption} {model.habits.class_prompt}",
     )
+    if note := note_unused_masks(chosen.pictures, config.data.masks):
+        notes.append(note)
     if not config.data.trigger:
         notes.insert(0, "There is no trigger word yet: write one in step 2.")
     return notes

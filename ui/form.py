@@ -33,13 +33,11 @@ def control_for(field: FieldInfo, name: str, value: Any) -> gr.components.Compon
     if get_origin(kind) is Literal:
         return gr.Dropdown(list(get_args(kind)), value=value, label=label, info=about)
     if kind is int:
-        return gr.Number(value=value, precision=0, label=label, info=about)
+        return gr.Number(value=value, step=1, label=label, info=about)  # no precision: 1.5 is refused, not rounded
     if kind is float:
-        low, high = _bound(field, "ge"), _bound(field, "le", "lt")
-        if low == 0 and high == 1 and not 0 < value < 0.01:
-            top = 0.99 if _bound(field, "lt") else 1
-            return gr.Slider(0, top, value=value, step=0.01, label=label, info=about)
-        return gr.Number(value=value, step=_stride(value), label=label, info=about)
+        # No slider: gradio fails on an emptied one, in every handler, before the setting can be refused.
+        is_share = (_bound(field, "ge"), _bound(field, "le", "lt")) == (0, 1) and not 0 < value < 0.01
+        return gr.Number(value=value, step=0.01 if is_share else _stride(value), label=label, info=about)
     lines = 3 if get_origin(kind) is list else 1
     about += literal(_HOW_TO_WRITE.get(str(get_args(kind)[:1]), "")) if lines > 1 else ""
     return gr.Textbox(value=as_shown(field, value), label=label, info=about, lines=lines, max_lines=max(lines, 1))
@@ -143,12 +141,28 @@ class Form:
         return {place: values[control] for place, control in self.controls.items()}
 
     def settings(self, shown: Values) -> dict[str, Any]:
-        """What controls show -> settings; empty numbers are left to the defaults. Raises UserError as `as_setting`."""
-        return {
-            place: as_setting(self.fields[place], value, place) if place in self.fields else value
-            for place, value in shown.items()
-            if value is not None
-        }
+        """What controls show -> settings. Raises UserError as `as_setting`, and for a control that is empty.
+
+        Another method's own settings are not asked for: nobody sees their controls.
+        """
+        method, settings = shown.get("method"), {}
+        for place, value in shown.items():
+            if place.startswith("adapter.") and method and not place.startswith(f"adapter.{method}."):
+                continue
+            if self._lacks_value(place, value):
+                setting = place.replace(f"adapter.{method}.", "adapter.")
+                raise UserError(f"{setting}: is empty.", do="Enter a value.", place=setting)
+            settings[place] = as_setting(self.fields[place], value, place) if place in self.fields else value
+        return settings
+
+    def _lacks_value(self, place: str, value: Any) -> bool:
+        """Whether a control is empty where empty means nothing. Any: any setting."""
+        if value is None:
+            return True
+        if not isinstance(value, str) or value.strip():
+            return False
+        field = self.fields.get(place)
+        return place == "model.path" if field is None else field.default not in ("", [])
 
     def refreshed(self, values: Values, before: Values, after: Values) -> dict[gr.components.Component, Any]:
         """Updates for controls whose default has changed and that nobody has touched. Any: gradio's updates."""

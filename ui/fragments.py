@@ -79,6 +79,7 @@ def strip_of(chosen: PictureSet) -> str:
     count += f", {captions} with a caption" if captions else ""
     masks = sum(picture.mask is not None for picture in pictures)
     count += f", {masks} with a mask" if masks else ""
+    count += f", {len(chosen.left_out)} removed" if chosen.left_out else ""
     bad = "".join(f"<li><b>{escape(one.path.name)}</b> is left out. {escape(one.why)}</li>" for one in chosen.refused)
     return f'<div class="strip">{shown}</div><p class="count" role="status">{count}.</p>' + (
         f'<ul class="refused">{bad}</ul>' if bad else ""
@@ -90,7 +91,7 @@ def _thumb(file: Path) -> str:
 
 
 def captions_of(chosen: PictureSet) -> str:
-    """Each picture with its caption to edit, and a button to leave it out."""
+    """Each picture with its caption to edit and a button to leave it out; those left out can be put back."""
     rows = ""
     for picture in chosen.pictures:
         name = escape(picture.path.name)
@@ -98,6 +99,12 @@ def captions_of(chosen: PictureSet) -> str:
             f'<li>{_thumb(picture.path)}<textarea data-name="{name}" rows="2" aria-label="Caption of {name}" '
             f'placeholder="None of its own: the template is taken">{escape(picture.caption or "")}</textarea>'
             f'<button type="button" data-name="{name}" aria-label="Leave {name} out" title="Leave out">×</button></li>'
+        )
+    for picture in chosen.left_out:
+        name = escape(picture.path.name)
+        rows += (
+            f'<li class="left-out">{_thumb(picture.path)}<span class="quiet">{name} is removed from the dataset.</span>'
+            f'<button type="button" data-back="{name}" aria-label="Put {name} back" title="Put back">↩</button></li>'
         )
     return f'<ul class="captions">{rows}</ul>'
 

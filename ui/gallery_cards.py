@@ -72,7 +72,8 @@ def _small_picture(shelved: Shelved, workspace: Path) -> str:
 def _chips(entry: Entry) -> list[str]:
     if entry.header is not None and entry.header.problem:
         return ["cannot be read"]
-    return [word for word in (method_title(entry.method), SHORT_BASES.get(entry.base, "")) if word]
+    base = SHORT_BASES.get(entry.base, BASES.get(entry.base, ""))
+    return [word for word in (method_title(entry.method), base) if word]
 
 
 def _about(entry: Entry) -> list[str]:
@@ -226,6 +227,7 @@ def _taken(one: Imported) -> str:
     words = [
         method_title(report["trained_as"] or report["method"]),
         f"for {BASES[report['base']]}" if report["base"] != "unknown" else "base model not said",
+        report.get("base_conflict", ""),
         plural(report["layers"], "layer"),
         f"rank {ranks_told(report)}" if report["ranks"] else "",
         f"trigger “{report['trigger']}”" if report["trigger"] else "no trigger said",

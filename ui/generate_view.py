@@ -8,6 +8,7 @@ from pathlib import Path
 
 from reparam_diffusion.gallery import images
 from reparam_diffusion.jobs import studio
+from reparam_diffusion.jobs.locks import UNKNOWN_HOLDER
 from reparam_diffusion.jobs.studio import Request, RequestState
 from reparam_diffusion.jobs.studio_grid import short_name
 from ui import fragments
@@ -48,7 +49,7 @@ def progress_of(request: Request, state: RequestState, *, is_cancelling: bool, h
     if state.message:
         notes += f'<p class="callout bad" role="alert">{escape(state.message)}</p>'
     if state.state == "waiting":
-        notes += f'<p class="callout mild">{escape(_who_holds(holder))}</p>'
+        notes += f'<p class="callout mild">{escape(_who_holds(holder, state.waiting_for))}</p>'
     return (
         f'<div class="drawing {state.state}" role="status"><p class="line"><span class="chip">{word}</span> '
         f"<strong>{escape(_words(request, state))}</strong></p>{bar if state.is_live else ''}{notes}</div>"
@@ -72,8 +73,10 @@ def _words(request: Request, state: RequestState) -> str:
     return f"{done} of {some} drawn"
 
 
-def _who_holds(holder: Path | None) -> str:
+def _who_holds(holder: Path | None, waiting_for: str) -> str:
     who = f"The run {holder.name} is training" if holder else "Another program is working"
+    if holder is None and waiting_for not in ("", UNKNOWN_HOLDER):
+        who = f"{waiting_for[0].upper()}{waiting_for[1:]} is working"
     return f"{who} on this device. Your pictures come when it is done. You can also go ahead; both will be slower then."
 
 

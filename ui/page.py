@@ -15,6 +15,7 @@ from ui.door import QUIET, guarded, open_log
 from ui.gallery_look import GalleryTab
 from ui.gallery_tab import build_gallery_tab
 from ui.generate_tab import GenerateTab, build_generate_tab, open_with
+from ui.pictures import IN_TURN
 from ui.run_view import RunView, build_run_view
 from ui.runs_api import add_runs_api
 from ui.settings_tab import build_settings_tab
@@ -84,7 +85,9 @@ def _connect_start(workspace: Path, tabs: gr.Tabs, train: TrainTab, view: RunVie
 
     inputs = {train.pictures.draft, train.marked, *train.form.controls.values()}
     outputs = [tabs, *train.changing(), train.advanced.panel, train.advanced.tabs, *view.changing()]
-    train.start.click(guarded(start, workspace), inputs, outputs, api_visibility="private", show_progress="minimal")
+    # A caption that was being typed is written before the run gets it.
+    shown = {"api_visibility": "private", "show_progress": "minimal"}
+    train.start.click(guarded(start, workspace), inputs, outputs, **shown, **IN_TURN)
 
     def again(name: str | None) -> dict[Any, Any]:  # Any: as above
         run = view.overview.find(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -23,6 +24,8 @@ element.addEventListener("change", (event) => {
 element.addEventListener("click", (event) => {
   const button = event.target.closest("button[data-name]");
   if (button) trigger("delete", { name: button.dataset.name });
+  const back = event.target.closest("button[data-back]");
+  if (back) trigger("undo", { name: back.dataset.back });
 });
 """
 
@@ -34,6 +37,7 @@ class Pictures:
     files: gr.File
     draft: gr.State
     strip: gr.HTML
+    clear: gr.Button
     examples: list[tuple[gr.Button, datasets.PictureSet]]
 
 
@@ -53,10 +57,11 @@ def draw_pictures() -> Pictures:
     """A place to drop files, what was chosen, and the examples."""
     files = gr.File(file_count="multiple", label="Your pictures", show_label=False, height=132, elem_id="drop")
     strip = gr.HTML(NOTHING_YET, elem_id="strip", padding=False)
+    clear = gr.Button("Remove all", size="sm", visible=False, elem_id="remove-all")
     gr.HTML('<p class="quiet">Or try an example:</p>', padding=False)
     with gr.Row(elem_classes="examples"):
         examples = [(_example_button(one), one) for one in datasets.example_sets()]
-    return Pictures(files, gr.State(None), strip, examples)
+    return Pictures(files, gr.State(None), strip, clear, examples)
 
 
 def _example_button(example: datasets.PictureSet) -> gr.Button:
@@ -83,31 +88,64 @@ def draw_captions() -> Captions:
     return Captions(panel, rows, model, describe, told, gr.Timer(1.0, active=False))
 
 
+IN_TURN: dict[str, Any] = {"concurrency_id": "captions", "concurrency_limit": 1}
+"""For handlers that change or read a draft, one after the other: leaving a caption's field for a press on a button is
+both at once. Any: gradio's own arguments."""
+
+
 def connect_pictures(
-    workspace: Path, pictures: Pictures, captions: Captions, words: dict[str, gr.components.Component]
+    workspace: Path, pictures: Pictures, captions: Captions, controls: Mapping[str, gr.components.Component]
 ) -> None:
-    """Dropped files and examples become drafts; captions and left-out pictures are written to the draft."""
-    shown = [pictures.draft, pictures.strip, captions.panel, captions.rows]
+    """Files and examples become drafts; captions and left-out images are written to the draft."""
+    shown = [pictures.draft, pictures.strip, pictures.clear, captions.panel, captions.rows]
+    spoken, start_from = [controls["data.trigger"], controls["data.class_word"]], controls["training.start_from"]
+    examples = [example for _, example in pictures.examples]
+    quiet = QUIET | IN_TURN
 
-    def take_files(names: list[str] | None, old: str | None) -> list[Any]:
+    def take_files(names: list[str] | None, draft: str | None, base: str, *said: str) -> list[Any]:
+        """The box is emptied: what it took is in the draft, which alone says what there is."""
         if not names:
-            return show_draft(workspace, None)
-        chosen = datasets.sort_files([Path(name) for name in names])
-        return show_draft(workspace, drafts.keep(chosen, workspace))
+            return [gr.skip()] * (2 + len(shown) + len(spoken))
+        old = drafts.read_draft(draft, workspace)
+        name = drafts.add_files([Path(name) for name in names], workspace, draft)
+        start = gr.skip() if old is None else drop_start_from(base)
+        return [None, *show_draft(workspace, name), start, *forget_words(old, examples, said)]
 
-    for event in (pictures.files.upload, pictures.files.delete, pictures.files.clear):
-        event(guarded(take_files, workspace), [pictures.files, pictures.draft], shown, api_visibility="private")
+    pictures.files.upload(
+        guarded(take_files, workspace),
+        [pictures.files, pictures.draft, start_from, *spoken],
+        [pictures.files, *shown, start_from, *spoken],
+        api_visibility="private",
+        **IN_TURN,
+    )
 
-    order = ("data.trigger", "data.class_word", "data.kind")
+    def clear(draft: str | None, base: str, *said: str) -> list[Any]:
+        forgotten = forget_words(drafts.read_draft(draft, workspace), examples, said)
+        return [*show_draft(workspace, None), drop_start_from(base), *forgotten]
+
+    before, after = [pictures.draft, start_from, *spoken], [*shown, start_from, *spoken]
+    pictures.clear.click(guarded(clear, workspace), before, after, **quiet)
+
     for button, example in pictures.examples:
 
-        def take_example(example: datasets.PictureSet = example) -> list[Any]:
+        def take_example(base: str, example: datasets.PictureSet = example) -> list[Any]:
             about = example.about
             said = [about.trigger, about.class_word, about.kind]
-            return [None, *show_draft(workspace, drafts.keep(example, workspace)), *said]
+            draft = drafts.keep(example, workspace, is_example=True)
+            return [*show_draft(workspace, draft), drop_start_from(base), *said]
 
-        outputs = [pictures.files, *shown, *(words[place] for place in order)]
-        button.click(guarded(take_example, workspace), None, outputs, **QUIET)
+        outputs = [*after, controls["data.kind"]]
+        button.click(guarded(take_example, workspace), start_from, outputs, **quiet)
+
+    _connect_captions(workspace, pictures, captions, spoken)
+
+
+def _connect_captions(
+    workspace: Path, pictures: Pictures, captions: Captions, words: list[gr.components.Component]
+) -> None:
+    """What is typed, removed and put back is written to the draft; another trigger word is shown in the captions."""
+    shown = [pictures.strip, pictures.clear, captions.panel, captions.rows]
+    quiet = QUIET | IN_TURN
 
     def edit(draft: str | None, event: gr.EventData) -> Any:
         chosen = drafts.set_caption(draft or "", workspace, event.name, event.text)
@@ -117,10 +155,42 @@ def connect_pictures(
         drafts.leave_out(draft or "", workspace, event.name)
         return show_draft(workspace, draft)[1:]
 
-    # One after the other: leaving a caption's field for a press on × is both at once, and each shows what is left.
-    in_turn = QUIET | {"concurrency_id": "captions", "concurrency_limit": 1}
-    captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **in_turn)
-    captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown[1:], **in_turn)
+    def put_back(draft: str | None, event: gr.EventData) -> list[Any]:
+        drafts.put_back(draft or "", workspace, event.name)
+        return show_draft(workspace, draft)[1:]
+
+    def rename(draft: str | None, trigger: str, class_word: str) -> Any:
+        before = drafts.read(draft, workspace)
+        if before is None or draft is None:
+            return gr.skip()
+        after = drafts.set_words(draft, workspace, trigger=trigger.strip(), class_word=class_word.strip())
+        return gr.skip() if after.pictures == before.pictures else fragments.captions_of(after)
+
+    captions.rows.edit(guarded(edit, workspace), pictures.draft, pictures.strip, **quiet)
+    captions.rows.delete(guarded(leave_out, workspace), pictures.draft, shown, **quiet)
+    captions.rows.undo(guarded(put_back, workspace), pictures.draft, shown, **quiet)
+    for word in words:
+        assert isinstance(word, gr.Textbox)
+        word.blur(guarded(rename, workspace), [pictures.draft, *words], captions.rows, **quiet)
+
+
+def drop_start_from(base: str) -> Any:
+    """Nothing to continue from: the images or the subject are others now. Any: gradio's update."""
+    if not base.strip():
+        return gr.skip()
+    gr.Info(f"Training no longer continues from {escape(base.strip())}: the images or the subject have changed.")
+    return ""
+
+
+def forget_words(old: drafts.Draft | None, examples: Sequence[datasets.PictureSet], said: Sequence[str]) -> list[Any]:
+    """Updates of trigger and class word where an example goes: its words are not those of the next images.
+
+    What the user has written in their place stays. Any: gradio's updates.
+    """
+    if old is None or not old.is_example:
+        return [gr.skip() for _ in said]
+    theirs = [{getattr(one.about, name) for one in examples} for name in ("trigger", "class_word")]
+    return ["" if now in names else gr.skip() for now, names in zip(said, theirs, strict=True)]
 
 
 def connect_describing(workspace: Path, pictures: Pictures, captions: Captions) -> None:
@@ -135,7 +205,7 @@ def connect_describing(workspace: Path, pictures: Pictures, captions: Captions) 
         now, timer = describing_now(workspace, draft)
         if now == told:  # nothing new: what is being typed stays
             return [gr.skip(), gr.skip(), gr.skip(), timer]
-        _, strip, _, rows = show_draft(workspace, draft)
+        _, strip, _, _, rows = show_draft(workspace, draft)
         return [strip, rows, now, timer]
 
     captions.describe.click(
@@ -167,13 +237,15 @@ def described(progress: captioner.Progress) -> str:
 
 
 def show_draft(workspace: Path, draft: str | None) -> list[Any]:
-    """The draft's name, its strip, the captions' panel and rows. Any: gradio's updates."""
+    """The draft's name, its strip, "Remove all", the captions' panel and rows. Any: gradio's updates."""
     chosen = drafts.read(draft, workspace)
+    hidden = gr.update(visible=False)
     if chosen is None:
-        return [None, NOTHING_YET, gr.update(visible=False), ""]
+        return [None, NOTHING_YET, hidden, hidden, ""]
     count = len(chosen.pictures)
     label = f"Captions of {count} picture{'' if count == 1 else 's'}"
-    return [draft, fragments.strip_of(chosen), gr.update(visible=True, label=label), fragments.captions_of(chosen)]
+    strip, rows = fragments.strip_of(chosen), fragments.captions_of(chosen)
+    return [draft, strip, gr.update(visible=True), gr.update(visible=True, label=label), rows]
 
 
 def chosen_of(workspace: Path, draft: str | None) -> datasets.PictureSet | None:

@@ -28,6 +28,7 @@ PHASES = {
     "latents": "reading the pictures",
     "captions": "reading the captions",
     "class pictures": "drawing class pictures",
+    "waiting for the device": "waiting for the device",
 }
 
 SCRUB = """
@@ -176,6 +177,10 @@ def _notes(state: RunState) -> list[str]:
     notes = []
     if state.place:
         notes.append("next in the queue" if state.place == 1 else f"number {state.place} in the queue")
+    if state.waiting_for:
+        notes.append(f"the device is in use by {state.waiting_for}")
+    elif state.place:
+        pass
     elif state.state == "running":
         if state.steps and state.phase != "training":
             notes.append(_phase_words(state))

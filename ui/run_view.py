@@ -169,7 +169,7 @@ def pause_run(folder: Path) -> None:
 
 def sample(folder: Path) -> None:
     """Ask for preview pictures now."""
-    runs.ask(folder, "sample")
+    queue.ask_sample(folder)
 
 
 def resume_run(folder: Path) -> None:

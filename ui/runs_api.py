@@ -103,6 +103,7 @@ def row_of(folder: Path, state: RunState) -> Row:
         "steps": state.steps,
         "place": state.place,
         "where": state.where,
+        "waiting_for": state.waiting_for,
         "message": state.message,
     }
 

@@ -13,6 +13,8 @@ import psutil  # type: ignore[import-untyped]  # it ships no types
 import torch
 
 from reparam_diffusion import __version__
+from reparam_diffusion.data.disk_cache import cache_sizes
+from reparam_diffusion.jobs.overview import clear_caches
 from reparam_diffusion.models.known import known_models
 from reparam_diffusion.models.precision import measured_formats, pick_device, processor_name
 from ui.door import QUIET, guarded
@@ -35,11 +37,17 @@ def build_settings_tab(workspace: Path, tab: gr.Tab) -> None:
     with gr.Column(elem_classes="card"):
         gr.HTML("<h2>Workspace</h2>", padding=False)
         place = gr.HTML(workspace_of(workspace), elem_id="workspace", padding=False)
+        clear = gr.Button("Clear cache", elem_id="clear-cache", size="sm")
     refresh = gr.Button("Look again", elem_id="look-again", size="md")
 
     def look() -> list[Any]:
         return [models_of(workspace), machine_of(), workspace_of(workspace)]
 
+    def clear_cache() -> list[Any]:
+        gr.Info(f"Cleared {plain_size(clear_caches(workspace))}.")
+        return look()
+
+    clear.click(guarded(clear_cache, workspace), None, [models, machine, place], **QUIET)
     for event in (refresh.click, tab.select):
         event(guarded(look, workspace), None, [models, machine, place], **QUIET)
 
@@ -79,6 +87,9 @@ def workspace_of(workspace: Path) -> str:
         "Pictures": len(list((workspace / "images").glob("*/*.png"))),
     }
     rows = {"Folder": str(workspace), "Room left": plain_size(shutil.disk_usage(place).free)}
+    cached = {name: size for name, size in cache_sizes(workspace).items() if size}
+    told = ", ".join(f"{plain_size(size)} {name}" for name, size in cached.items())
+    rows["Cache"] = f"{plain_size(sum(cached.values()))} ({told})" if cached else "empty"
     return _facts(rows | {name: str(count) for name, count in counts.items()})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from reparam_diffusion.adapters import METHODS
 from reparam_diffusion.config import TrainConfig, settle
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.data.masks import ALPHA, BESIDE, mask_files
 from reparam_diffusion.data.sets import count_further
 from reparam_diffusion.errors import UserError
@@ -18,6 +19,7 @@ from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, ray_jobs, runs
+from reparam_diffusion.training.check import check_model, check_settings
 from reparam_diffusion.workspace import require_workspace
 from ui.form import flat, nested
 
@@ -84,9 +86,12 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
             "The trigger word is missing.", do='Write a made-up word in step 2, such as "sks".', place="data.trigger"
         )
     config = resolve_start(config, workspace)
+    config = config.model_copy(update={"data": expand_folders(config.data)[0]})
     require_workspace(workspace, "runs")
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
+    check_settings(config)
+    check_model(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
     masks = config.data.masks
     if masks == BESIDE:

@@ -27,9 +27,11 @@ from ui.pictures import (
     describing_now,
     draw_captions,
     draw_pictures,
+    drop_start_from,
     show_draft,
 )
 
+START_FROM = "training.start_from"
 KINDS = [("One subject", "subject"), ("A style", "style")]
 Updates = dict[Any, Any]
 """What a handler changes, by control. Any: gradio's components and updates."""
@@ -58,7 +60,7 @@ class TrainTab:
         return [
             *self.form.controls.values(),
             *self.advanced.groups.values(),
-            *(self.pictures.draft, self.pictures.strip, self.captions.panel, self.captions.rows),
+            *_draft_controls(self),
             *(self.captions.told, self.captions.timer),
             *(self.shown, self.marked, self.trouble, self.kept),
         ]
@@ -78,6 +80,9 @@ def build_train_tab(workspace: Path) -> TrainTab:
             gr.HTML("<h2><span>3</span> How to learn it</h2>", padding=False)
             form.keep("method", gr.Radio(ahead.cards({}), value="lora", label="Method", elem_id="method"))
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+    with gr.Row(visible=False, elem_id="continues") as continues:
+        base = gr.HTML("", padding=False, elem_classes="quiet")
+        stop_continuing = gr.Button("Train from scratch", size="sm", min_width=140, scale=0)
     trouble = gr.HTML("", elem_id="trouble", padding=False)
     told = gr.HTML("", elem_id="ahead", padding=False)
     captions = draw_captions()
@@ -85,12 +90,12 @@ def build_train_tab(workspace: Path) -> TrainTab:
     first = gr.State(starting.defaults(workspace, presets.FIRST, "subject", "lora"))
     kept = gr.BrowserState({}, storage_key="reparam-train", secret="reparam-train")
     tab = TrainTab(form, pictures, captions, start, trouble, told, settings, first, gr.State(None), kept)
-    words = {place: form.controls[place] for place in ("data.trigger", "data.class_word", "data.kind")}
-    connect_pictures(workspace, pictures, captions, words)
+    connect_pictures(workspace, pictures, captions, form.controls)
     connect_describing(workspace, pictures, captions)
     _connect_choices(workspace, tab)
     _connect_settings(workspace, tab)
     _connect_memory(workspace, tab)
+    _connect_start_from(workspace, tab, continues, base, stop_continuing)
     _connect_ahead(workspace, tab)
     _connect_marks(workspace, tab)
     return tab
@@ -191,8 +196,24 @@ def _connect_memory(workspace: Path, tab: TrainTab) -> None:
     def keep(values: Mapping[Any, Any]) -> dict[str, Any]:
         return {"values": form.read(values), "draft": values[tab.pictures.draft]}
 
-    changes = [control.input for control in form.controls.values()] + [tab.pictures.draft.change]
+    changes = [control.input for control in form.controls.values()]
+    changes += [tab.pictures.draft.change, form.controls[START_FROM].change]
     gr.on(changes, guarded(keep, workspace), inputs, tab.kept, trigger_mode="always_last", **QUIET)
+
+
+def _connect_start_from(workspace: Path, tab: TrainTab, row: gr.Row, text: gr.HTML, stop: gr.Button) -> None:
+    """The adapter that a run continues from is shown at Start, and goes with the subject that it was trained on."""
+    control = tab.form.controls[START_FROM]
+    assert isinstance(control, gr.Textbox)
+
+    def show(name: str) -> list[Any]:
+        words = f"Continues training from <strong>{escape(name.strip())}</strong>."
+        return [gr.update(visible=bool(name.strip())), f'<p class="quiet" role="status">{words}</p>']
+
+    control.change(guarded(show, workspace), control, [row, text], **QUIET)
+    stop.click(lambda: "", None, control, **QUIET)
+    subject = [tab.form.controls[place].input for place in ("data.trigger", "data.class_word", "data.kind")]
+    gr.on(subject, guarded(drop_start_from, workspace), control, control, **QUIET)
 
 
 def _connect_marks(workspace: Path, tab: TrainTab) -> None:
@@ -220,7 +241,7 @@ def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
         try:
             settings = form.settings(form.read(values))
         except UserError:  # told at its control when Start is pressed
-            return {}
+            return {tab.told: ""}
         known = ahead.look_ahead(workspace, drafts.read(values[tab.pictures.draft], workspace), settings)
         return {
             form.controls["method"]: gr.update(choices=known.cards),
@@ -229,7 +250,13 @@ def _connect_ahead(workspace: Path, tab: TrainTab) -> None:
         }
 
     changes = [control.input for control in form.controls.values()]
-    changes += [tab.pictures.draft.change, tab.captions.rows.edit, timer.tick, tab.kept.change]
+    changes += [
+        tab.pictures.draft.change,
+        tab.captions.rows.change,
+        tab.pictures.strip.change,
+        timer.tick,
+        tab.kept.change,
+    ]
     gr.on(changes, guarded(look, workspace), inputs, outputs, trigger_mode="always_last", **QUIET)
 
 
@@ -275,7 +302,7 @@ def train_on(workspace: Path, tab: TrainTab, stem: str, draft: str | None) -> Up
 
 
 def _draft_controls(tab: TrainTab) -> list[Any]:
-    return [tab.pictures.draft, tab.pictures.strip, tab.captions.panel, tab.captions.rows]
+    return [tab.pictures.draft, tab.pictures.strip, tab.pictures.clear, tab.captions.panel, tab.captions.rows]
 
 
 def start(workspace: Path, tab: TrainTab, values: Mapping[Any, Any]) -> tuple[Path | None, Updates]:

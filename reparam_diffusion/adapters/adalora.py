@@ -239,9 +239,14 @@ def _allocate(sites: Sequence[Adalora], step: int, total: int) -> None:
         _smooth([s for s in sites if getattr(s, name).grad is not None], name, plan)
     end = total - round(plan.t_final * total)
     interval = plan.interval or max(total // 100, 1)
-    if (step < end and step > round(plan.t_init * total) and step % interval == 0) or step == end:
-        first = float(sum(site.plan.rank for site in sites))
-        last = float(sum(min(site.plan.rank, site.plan.target_rank) for site in sites))
+    first = float(sum(site.plan.rank for site in sites))
+    last = float(sum(min(site.plan.rank, site.plan.target_rank) for site in sites))
+    was_taken = any(parameter.grad is not None for site in sites for parameter in site.parameters())
+    is_due = step < end and step > round(plan.t_init * total) and step % interval == 0
+    # The final ranks are chosen at `end`, also where that step overflowed in fp16 and was not taken, and later where a
+    # run from before had missed it.
+    is_missing = step > end and sum(int(site.alive.sum()) for site in sites) > round(last)
+    if (is_due and was_taken) or step == end or is_missing:
         _keep_best(sites, round(budget(step, total, plan, first=first, last=last)))
     elif step > end:
         for site in sites:

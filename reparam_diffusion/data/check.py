@@ -39,6 +39,15 @@ def look_over(
     ]
 
 
+def note_unused_masks(pictures: Sequence[Picture], masks: str) -> str:
+    """A sentence about masks that came with the images while the setting does not use them; empty where it does."""
+    having = [picture for picture in pictures if picture.mask is not None]
+    if masks or not having:
+        return ""
+    counted = _count(len(having), "image has a mask that is", "images have masks that are")
+    return f'{counted} not used. Set data.masks to "beside" to use them.'
+
+
 def _about_refusals(refused: Sequence[Refused]) -> list[str]:
     twins = [bad for bad in refused if bad.why.startswith(DUPLICATE)]
     others = [bad for bad in refused if bad not in twins]

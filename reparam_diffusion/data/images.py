@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from reparam_diffusion.data import rgb
 from reparam_diffusion.data.sidecars import Sidecars, match_sidecars
-from reparam_diffusion.data.source_files import Files, sort_source
-from reparam_diffusion.data.text_files import Text, read_texts
+from reparam_diffusion.data.source_files import Files, files_of, sort_source
+from reparam_diffusion.data.text_files import Text, make_one_line, read_texts
 from reparam_diffusion.errors import UserError
 
 MOST_MEGAPIXELS = 120
@@ -155,12 +156,27 @@ def _add_sidecars(picture: Picture, matched: Sidecars, at: int, texts: dict[Path
     if file is None:
         return replace(picture, notes=(*picture.notes, *notes))
     text = texts[file]
-    caption = " ".join(text.text.split())
+    caption = make_one_line(text.text)
     if text.problem:
         notes.append(f"its caption {file.name} is not used: {text.problem}")
     elif not caption:
         notes.append(EMPTY_CAPTION)
     return replace(picture, caption=caption or None, encoding=text.encoding, notes=(*picture.notes, *notes))
+
+
+def sides_of(source: str | Path | Sequence[str | Path]) -> list[tuple[int, int]]:
+    """Width and height of a source's images, upright, by their headers alone; what cannot be read is left out."""
+    return [side for file in files_of(source) if (side := _side_of(file, file.stat().st_mtime_ns)) is not None]
+
+
+@lru_cache(maxsize=4096)
+def _side_of(file: Path, age: int) -> tuple[int, int] | None:
+    try:
+        with Image.open(file) as image:
+            is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (image.height, image.width) if is_turned else (image.width, image.height)
+    except _BROKEN:
+        return None
 
 
 def open_picture(path: str | Path) -> Image.Image:

@@ -84,7 +84,7 @@ def _sort_files(files: Sequence[Path]) -> Files:
     return Files(images, sidecars, [], [(file, why) for file in lists])
 
 
-def _list_folder(folder: Path) -> list[Path]:
+def list_folder(folder: Path) -> list[Path]:
     """What a folder holds, in natural order, without what is hidden. Raises UserError where it cannot be read."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.", do="Check the path.", place="data.images")
@@ -97,7 +97,7 @@ def _list_folder(folder: Path) -> list[Path]:
 
 def _sort_folder(folder: Path) -> Files:
     """A folder's files; sub-folders with images are told as not used. Raises UserError where it has no image."""
-    entries = _list_folder(folder)
+    entries = list_folder(folder)
     inner = [entry for entry in entries if entry.is_dir()]
     files = _sort_files([entry for entry in entries if not entry.is_dir()])
     if not files.images:
@@ -124,7 +124,7 @@ def count_images(folder: Path) -> int:
 
 def list_masks(folder: Path) -> list[Path]:
     """The images of a folder of masks, those with a mask's ending too. Raises UserError where there are none."""
-    files = _sort_files([entry for entry in _list_folder(folder) if not entry.is_dir()])
+    files = _sort_files([entry for entry in list_folder(folder) if not entry.is_dir()])
     masks = [*files.images, *(file for file in files.sidecars if is_mask(file))]
     if not masks:
         raise UserError(f"The folder {folder} holds no pictures.", do="Put pictures into it.", place="data.images")

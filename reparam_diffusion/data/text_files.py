@@ -98,6 +98,12 @@ def read_text(file: Path) -> Text:
     return read_texts([file])[file]
 
 
+def make_one_line(text: str) -> str:
+    """The text on one line with single spaces, without control characters and halves of characters."""
+    plain = "".join(" " if unicodedata.category(letter) in ("Cc", "Cs") else letter for letter in text)
+    return " ".join(plain.replace("\ufeff", "").split())
+
+
 def _decode_certain(raw: bytes) -> Text | None:
     """The text where there is one reading only: a mark, UTF-8, UTF-16 or UTF-32 by its NULs; None else."""
     for mark, codec, name in _MARKS:
@@ -111,8 +117,10 @@ def _decode_certain(raw: bytes) -> Text | None:
         text = _decode(raw, "iso2022_jp_ext")
         if text is not None:
             return Text(text, "ISO-2022-JP (Japanese)")
-    text = _decode(raw, "utf-8")
-    return None if text is None else Text(text)
+    try:
+        return Text(raw.decode())
+    except UnicodeDecodeError:
+        return None
 
 
 def _decode_wide(raw: bytes) -> Text:

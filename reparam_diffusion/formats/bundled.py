@@ -88,11 +88,14 @@ def write_embedding(path: Path, word: Word, family: Family) -> Path:
         return file.finish({"format": "pt", "modelspec.trigger_phrase": word.text})
 
 
+def embedding_paths(file: Path, count: int) -> list[Path]:
+    """Where `write_beside` puts the learned words of an adapter."""
+    stem = file.name.removesuffix(".safetensors")
+    numbers = ["", *(f"-{number}" for number in range(2, count + 1))][:count]
+    return [file.with_name(f"{stem}-embedding{number}.safetensors") for number in numbers]
+
+
 def write_beside(file: Path, words: Sequence[Word], family: Family) -> list[Path]:
     """Each word of an adapter by itself beside its file: teddy-embedding.safetensors, or -embedding-2 and so on."""
-    stem = file.name.removesuffix(".safetensors")
-    numbers = ["", *(f"-{number}" for number in range(2, len(words) + 1))]
-    return [
-        write_embedding(file.with_name(f"{stem}-embedding{number}.safetensors"), word, family)
-        for number, word in zip(numbers, words, strict=False)
-    ]
+    paths = embedding_paths(file, len(words))
+    return [write_embedding(path, word, family) for path, word in zip(paths, words, strict=True)]

@@ -15,9 +15,10 @@ from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.adapters.foreign import Full
 from reparam_diffusion.adapters.oft import Oft
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
-from reparam_diffusion.formats.bundled import write_beside
+from reparam_diffusion.files import require_new_file, require_writable, write_whole
+from reparam_diffusion.formats.bundled import embedding_paths, write_beside
 from reparam_diffusion.formats.changes import change_of
+from reparam_diffusion.formats.finite import require_numbers
 from reparam_diffusion.formats.header import public
 from reparam_diffusion.formats.names import Family, Parts, module_at
 from reparam_diffusion.formats.peft import write_diffusers, write_peft
@@ -26,6 +27,7 @@ from reparam_diffusion.formats.proof import Reading, diffusers_reading, lycoris_
 from reparam_diffusion.formats.read import PADDING, AdapterFile, Site, read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
 from reparam_diffusion.maths.change import distance
+from reparam_diffusion.maths.loss import describe_loss, kept_share
 from reparam_diffusion.maths.lowrank import relative
 from reparam_diffusion.models.words import Word
 
@@ -55,10 +57,17 @@ class Exported:
     readings: tuple[Reading, ...]
     notes: tuple[str, ...]
     """What is not the same elsewhere, such as other strengths."""
+    error: float = 0.0
+    """‖written − original‖ / ‖original‖ over all layers."""
+
+    @property
+    def kept(self) -> float:
+        """The share of the change that the file keeps, 0 to 1."""
+        return kept_share(self.error)
 
     def sentences(self) -> list[str]:
         """For a person."""
-        rows = [f"{self.layers} layers in {self.precision}, largest rounding of a layer's change {self.rounding:.1e}"]
+        rows = [f"{self.layers} layers in {self.precision}, {describe_loss(self.error)}"]
         rows += [f"{count} {name} layers became whole differences" for name, count in self.rewritten.items()]
         return rows + [reading.sentence() for reading in self.readings] + list(self.notes)
 
@@ -66,6 +75,8 @@ class Exported:
         """For JSON, with every program's answer."""
         return asdict(self) | {
             "path": self.path.name,
+            "kept": self.kept,
+            "loss": describe_loss(self.error),
             "rewritten": dict(self.rewritten),
             "readings": [asdict(reading) | {"agrees": reading.agrees} for reading in self.readings],
         }
@@ -85,13 +96,21 @@ def export_adapter(
 
     `parts` may be without weights where no change depends on them; diffusers is asked only on a real model.
     """
+    is_empty_folder = target == "peft" and out.is_dir() and not any(out.iterdir())
+    if is_empty_folder:
+        require_writable(out)
+    else:
+        require_new_file(out, sources=[Path(source)])
     file = read_adapter(source)
     located, left = file.locate(parts)
     if not located:
-        why = f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else ""
+        why = file.misfit(left, family)
         raise UserError(f"{file.file.name} does not fit this base model.", why, "Name the base it was made for.")
     words, others = file.words_for(parts)
     left += others
+    require_numbers(file, located)
+    for path in embedding_paths(out, len(words)) if target != "lycoris" else []:
+        require_new_file(path)
     rewritten: Counter[str] = Counter()
     adapters = _Adapted(file, located, parts=parts, target=target, rewritten=rewritten)
     if target == "diffusers":
@@ -106,15 +125,26 @@ def export_adapter(
                 yield number, 2 * len(located), f"writing {site}"
             writer.add_words(words)
             writer.finish(header)
-    rounding = 0.0
-    for number, error in enumerate(_errors(located, out, parts), 1):
+    rounding = wrong = size = 0.0
+    for number, (error, norm) in enumerate(_errors(located, out, parts), 1):
         rounding = max(rounding, error)
+        wrong, size = wrong + (error * norm) ** 2 if norm else wrong, size + norm**2
         yield len(located) + number, 2 * len(located), "reading it back"
     readings = _readings(out, parts, family, target)
     notes = [f"Left out: {key}: {why}." for key, why in left] + _notes(out)
     if target != "lycoris":
         notes += _put_words_beside(out, words, family)
-    done = Exported(out, target, precision, len(located), rounding, dict(rewritten), readings, tuple(notes))
+    done = Exported(
+        out,
+        target,
+        precision,
+        len(located),
+        rounding,
+        dict(rewritten),
+        readings,
+        tuple(notes),
+        relative(wrong**0.5, size**0.5),
+    )
     write_whole(proof_beside(out), json.dumps(done.to_dict(), indent=1))
     yield done
 
@@ -173,8 +203,8 @@ def _header(file: AdapterFile, *, strip: bool) -> dict[str, str]:
     return public(header, trigger=file.trigger) if strip else header
 
 
-def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[float]:
-    """Each layer's change as written, against the original's."""
+def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[tuple[float, float]]:
+    """Each layer's change as written against the original's, as (relative error, the original's size)."""
     written = read_adapter(out)
     back, _ = written.locate(parts)
     for site, found in located.items():
@@ -182,7 +212,7 @@ def _errors(located: Mapping[str, Site], out: Path, parts: Parts) -> Iterator[fl
         exact = change_of(_built(found, module, site), module)
         size = exact.norm()
         wrong = distance(change_of(back[site].adapter(module), module), exact) if site in back else size
-        yield relative(wrong, size)
+        yield relative(wrong, size), size
         written.let_go()
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from reparam_diffusion.formats.identify import guess_family
 from reparam_diffusion.formats.names import Family
 
 _ARCHITECTURES = {
@@ -244,6 +246,62 @@ def _modelspec(facts: TrainingFacts) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in spec.items() if value}
 
 
+def find_prediction_type(header: Mapping[str, str]) -> str:
+    """What the base model predicts: "v", "epsilon", or "" where the header does not say."""
+    told = header.get("modelspec.prediction_type", "").lower()
+    version = header.get("ss_base_model_version", "").lower()
+    is_v = header.get("ss_v_parameterization") == "True" or version.endswith("_v")
+    if told.startswith("v") or is_v or "768-v" in header.get("modelspec.architecture", "").lower():
+        return "v"
+    return "epsilon" if told.startswith("eps") or re.fullmatch(r"sd_v[12](_\d+)?", version) else ""
+
+
+_BASE = (
+    "ss_base_model_version", "ss_v2", "ss_v_parameterization", "modelspec.architecture", "modelspec.prediction_type",
+)  # fmt: skip
+"""What a header says of the kind of base model: kept where one source says it and none says otherwise."""
+_USE = (
+    "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip", "ss_max_token_length",
+    "ss_resolution", "ss_zero_terminal_snr", "modelspec.resolution", "modelspec.timestep_range",
+    "modelspec.encoder_layer", "modelspec.implementation", "modelspec.license", "modelspec.author",
+    "modelspec.description", "modelspec.usage_hint", "modelspec.tags",
+)  # fmt: skip
+"""What a header says of how the adapter is used: kept where all sources say the same."""
+_TRIGGERS = ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words")
+_COMPARED = {
+    "ss_sd_model_name": "base model", "ss_clip_skip": "clip skip", "ss_resolution": "resolution",
+    "ss_zero_terminal_snr": "zero terminal SNR", "modelspec.license": "license",
+}  # fmt: skip
+
+
+def inherit_header(headers: Sequence[Mapping[str, str]], family: Family) -> dict[str, str]:
+    """What a result keeps of its sources' headers: the base model's kind, and how the adapter is used."""
+    of_family = [header for header in headers if guess_family(header, {}) in (family, "unknown")]
+    is_v = any(find_prediction_type(header) == "v" for header in of_family)
+    kept = family_keys(family, is_v_prediction=is_v)
+    for key in _BASE:
+        values = {header[key] for header in of_family if header.get(key)}
+        kept |= {key: values.pop()} if len(values) == 1 else {}
+    for key in _USE if len(headers) > 1 else (*_USE, *_TRIGGERS):
+        values = {header.get(key, "") for header in headers}
+        kept |= {key: value} if len(values) == 1 and (value := values.pop()) else {}
+    return kept
+
+
+def compare_headers(headers: Sequence[Mapping[str, str]]) -> list[str]:
+    """A sentence for each thing that the sources say differently, so that the result cannot say it."""
+    notes = []
+    for key, label in _COMPARED.items():
+        values = dict.fromkeys(header.get(key, "") for header in headers)
+        named = [value for value in values if value not in ("", "None")]
+        if len(values) > 1 and (len(named) > 1 or (key == "ss_zero_terminal_snr" and "True" in named)):
+            notes.append(f"The {label} differs ({', '.join(value or 'not said' for value in values)}); it is left out.")
+    kinds = [find_prediction_type(header) for header in headers]
+    if "v" in kinds and "" in kinds:
+        notes.append("Not every file says its prediction type; the result says v-prediction.")
+    return notes
+
+
 _PUBLIC = (
     "ss_base_model_version", "ss_v2", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_output_name", "ss_network_module",
     "ss_network_dim", "ss_network_alpha", "ss_network_dropout", "ss_resolution", "ss_clip_skip", "ss_trigger_words",
@@ -252,6 +310,7 @@ _PUBLIC = (
     "modelspec.tags",
     "modelspec.trigger_phrase", "modelspec.prediction_type", "modelspec.timestep_range", "modelspec.encoder_layer",
     "modelspec.date", "modelspec.merged_from", "reparam_method",
+    "ss_v_parameterization", "ss_zero_terminal_snr", "ss_max_token_length", "reparam_loss",
 )  # fmt: skip
 """What a stripped header keeps. Everything else may tell of pictures, captions, folders or people."""
 

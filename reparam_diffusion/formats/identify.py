@@ -9,38 +9,57 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+from reparam_diffusion.formats.families import FAMILY_TITLES, UNKNOWN, families_by_layers, family_in_header, layer_sides
+from reparam_diffusion.formats.keys import short
 
 
-def guess_family(metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """One of "sd1", "sd2", "sdxl", "unknown": from the header, else from names, else from the width of text vectors."""
-    told = metadata.get("ss_base_model_version", "").lower() + metadata.get("modelspec.architecture", "").lower()
-    if "sdxl" in told or "stable-diffusion-xl" in told:
-        return "sdxl"
-    if metadata.get("ss_v2") == "True" or "sd_v2" in told or "stable-diffusion-v2" in told:
-        return "sd2"
-    if "sd_v1" in told or "stable-diffusion-v1" in told:
-        return "sd1"
+def guess_family(
+    metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]], keys: Iterable[str] = ()
+) -> str:
+    """The base model's family, a key of FAMILY_TITLES, or "unknown". Where header and shapes differ, the shapes win."""
+    told = family_in_header(metadata)
+    possible = families_by_layers(sites, keys)
+    if told != UNKNOWN and (not possible or told in possible):
+        return told
+    if possible:
+        return possible[0]
     if any(_is_sdxl_name(site) for site in sites):
         return "sdxl"
-    for site, leaves in sites.items():
-        if re.search(r"attn2_to_[kv]$", site):
-            for leaf in ("lora_down.weight", "hada_w1_b", "diff", "lora_A"):
-                if leaf in leaves and leaves[leaf].ndim > 1:
-                    return _WIDTHS.get(leaves[leaf].shape[1], "unknown")
-    return "unknown"
+    widths = [layer_sides(leaves)[1] for site, leaves in sites.items() if re.search(r"attn2_to_[kv]$", site)]
+    return next((_WIDTHS[width] for width in widths if width in _WIDTHS), UNKNOWN)
+
+
+def family_conflict(
+    metadata: Mapping[str, str], sites: Mapping[str, Mapping[str, Tensor]], keys: Iterable[str] = ()
+) -> str:
+    """A sentence where the header names another family than the layers show; empty where they agree."""
+    told = family_in_header(metadata)
+    possible = families_by_layers(sites, keys)
+    if told == UNKNOWN or not possible or told in possible:
+        return ""
+    return (
+        f"Its header says {FAMILY_TITLES[told]}, but its layers are those of {FAMILY_TITLES[possible[0]]}. "
+        "The layers decide."
+    )
 
 
 def _is_sdxl_name(site: str) -> bool:
+    """Names of SDXL in a file of which no shape decides, such as one for a small model."""
     blocks = re.search(r"transformer_blocks_(\d+)_", site)
-    return site.startswith(("te2.", "unet.add_embedding")) or (blocks is not None and int(blocks[1]) >= 2)
+    return site.startswith(("te2.encoder_layers_", "unet.add_embedding")) or (
+        blocks is not None and int(blocks[1]) >= 2
+    )
+
+
+_WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+_LONGEST_TRIGGER = 500  # characters
 
 
 def guess_trigger(metadata: Mapping[str, str]) -> str:
     """The words that call the adapter, as its header has them; empty when it says nothing."""
     for key in ("modelspec.trigger_phrase", "ss_trigger_words", "trigger_words"):
         if words := metadata.get(key, "").strip():
-            return words
+            return words[:_LONGEST_TRIGGER]
     for folder in _object(metadata, "ss_dataset_dirs"):
         if found := re.fullmatch(r"\d+_(.+)", folder):  # kohya: "<repeats>_<trigger> <class>"
             return found[1].strip()
@@ -85,5 +104,5 @@ def what_instead(keys: Iterable[str]) -> tuple[str, str]:
         return "It is a textual inversion embedding, not an adapter.", "Choose a LoRA, LoHa, LoKr or OFT file."
     if any(name.startswith(("down_blocks.", "up_blocks.", "encoder.down_blocks.")) for name in names):
         return "It holds a model's own weights, not an adapter.", "Choose its folder as the base model."
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    shown = ", ".join(short(name, 80) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return f"Its tensors are called {shown}; no adapter format has such names.", "Choose an adapter file."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def open_mapped(file: Path) -> Mapped:
     metadata = header.pop("__metadata__", {})
     places = _places(file, header, size - 8 - length)
     tensors = {key: _view(mapped, 8 + length + place.start, place) for key, place in places.items()}
-    return Mapped(tensors, {str(key): str(value) for key, value in metadata.items()}, mapped)
+    return Mapped(tensors, {_text(key): _text(value) for key, value in metadata.items()}, mapped)
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,15 @@ def _place(file: Path, key: str, entry: Any) -> _Place:
     return _Place(_TYPES[name], shape, start, end)
 
 
+def _text(value: Any) -> str:
+    """A header's entry as text; what a terminal would obey stays out. Values that are no text are kept as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text.replace("\r\n", "\n"))
+
+
 def _short(key: str) -> str:
-    return key if len(key) <= 80 else f"{key[:77]}…"
+    key = _text(key[:80])
+    return key if len(key) < 80 else f"{key[:77]}…"
 
 
 def _refused(file: Path, why: str) -> UserError:

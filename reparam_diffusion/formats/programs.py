@@ -16,6 +16,7 @@ PROGRAMS = ("LyCORIS", "A1111", "ComfyUI", "diffusers", "kohya")
 _NOTHING = "finds nothing"
 _LORA_ONLY = {"diffusers": "refuses it", "kohya": "ignores it"}
 
+UNKNOWN_FORM = "another method"
 FORMS: dict[str, dict[str, str]] = {
     "lora": {"kohya": "ignores layers outside attention and resnets"},
     "lora, Tucker": {"diffusers": "refuses it", "kohya": "refuses it"},
@@ -41,6 +42,7 @@ FORMS: dict[str, dict[str, str]] = {
         "LyCORIS": "ignores the word", "ComfyUI": "ignores the word", "diffusers": "refuses it",
         "kohya": "ignores the word",
     },
+    UNKNOWN_FORM: dict.fromkeys(PROGRAMS, "unknown: not measured for this method"),
     "alphas that differ": {"diffusers": "uses the commonest alpha in attention layers"},
 }  # fmt: skip
 """What a file may hold -> what goes wrong in which program; a program that is not named reads it rightly."""
@@ -68,11 +70,17 @@ STRENGTHS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a program gives the change that the file holds, and if not, why."""
+    """Whether a program gives the change that the file holds, and if not, why. Nobody measured it: not `is_known`."""
 
     program: str
     opens: bool
     why: str
+    is_known: bool = True
+
+    @property
+    def answer(self) -> str:
+        """Yes, no, or unknown."""
+        return ("yes" if self.opens else "no") if self.is_known else "unknown"
 
 
 def markdown_table() -> str:
@@ -87,12 +95,16 @@ def markdown_table() -> str:
 
 def readers(traits: Iterable[str], names: str) -> list[Verdict]:
     """What every program makes of a file with these traits (keys of FORMS) and names (a key of NAMES)."""
-    rows = [(trait, FORMS[trait]) for trait in traits] + [(f"names of the kind {names}", NAMES[names])]
+    rows = [(trait, FORMS.get(trait, FORMS[UNKNOWN_FORM])) for trait in traits] + [
+        (f"names of the kind {names}", NAMES[names])
+    ]
     verdicts = []
     for program in PROGRAMS:
         troubles = [f"{what}: {row[program]}" for what, row in rows if program in row]
         fatal = [trouble for trouble in troubles if not _is_harmless(trouble)]
-        verdicts.append(Verdict(program, not fatal, "; ".join(troubles)))
+        # What is known to fail fails; only where nothing else stands against it does the unknown decide.
+        is_known = not fatal or any("unknown: not measured" not in trouble for trouble in fatal)
+        verdicts.append(Verdict(program, not fatal, "; ".join(troubles), is_known))
     return verdicts
 
 
@@ -103,7 +115,7 @@ def _is_harmless(trouble: str) -> bool:
 
 def traits_of(kind: str, leaves: Mapping[str, Tensor], outputs: int | None = None) -> set[str]:
     """What one layer's tensors have, as keys of FORMS. `outputs` is the layer's, which a constraint is measured by."""
-    traits = {kind} & set(FORMS)
+    traits = {kind if kind in FORMS else UNKNOWN_FORM}
     if "lora_mid.weight" in leaves:
         traits = traits - {"lora"} | {"lora, Tucker"}
     if "lokr_t2" in leaves:

@@ -15,8 +15,9 @@ from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.adapters.foreign import forms_of, read_forms
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.bundled import PREFIX, fitting, unbundled
-from reparam_diffusion.formats.identify import guess_family, guess_trigger, what_instead
-from reparam_diffusion.formats.keys import KNOWN, NO_NAME, parse_key
+from reparam_diffusion.formats.families import FAMILY_TITLES, USABLE, is_other
+from reparam_diffusion.formats.identify import family_conflict, guess_family, guess_trigger, what_instead
+from reparam_diffusion.formats.keys import KNOWN, NO_NAME, adapter_name, parse_key, short
 from reparam_diffusion.formats.load import Piece, open_pieces
 from reparam_diffusion.formats.mapped import Mapped
 from reparam_diffusion.formats.names import Parts, canonical, diffusers_name, module_at, spellings
@@ -104,8 +105,25 @@ class AdapterFile:
 
     @property
     def base(self) -> str:
-        """The base model's family: "sd1", "sd2", "sdxl" or "unknown"."""
-        return guess_family(self.metadata, {name: site.leaves for name, site in self._sites.items()})
+        """The base model's family: "sd1", "sd2", "sdxl", another key of FAMILY_TITLES, or "unknown"."""
+        return guess_family(self.metadata, *self._shown())
+
+    @property
+    def base_conflict(self) -> str:
+        """A sentence where the header names another base than the layers show; empty where they agree."""
+        return family_conflict(self.metadata, *self._shown())
+
+    def _shown(self) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+        """What tells the family: the layers by canonical name, and the file's own names of them."""
+        layers = {name: site.leaves for name, site in self._sites.items()}
+        return layers, [site.key for site in self._sites.values()]
+
+    def misfit(self, left: Unmatched, family: str) -> str:
+        """Why nothing of the file fits a model of `family`, for an error."""
+        base = self.base
+        if is_other(base) or (base in USABLE and family in USABLE and base != family):
+            return f"It is for {FAMILY_TITLES[base]}; the model is {FAMILY_TITLES.get(family, family)}."
+        return f"None of its layers match: {left[0][0]}: {left[0][1]}." if left else "It has no layers."
 
     @property
     def trigger(self) -> str:
@@ -138,7 +156,7 @@ class AdapterFile:
             try:
                 found[live] = site.adapter(module_at(parts, live))
             except ValueError as error:
-                left.append((site.key, str(error)))
+                left.append((site.key, short(str(error), 300)))
         return found, left
 
     def locate(self, parts: Parts) -> tuple[dict[str, Site], Unmatched]:
@@ -176,6 +194,7 @@ def read_adapter(path: Path | str) -> AdapterFile:
                 unmatched.append((site.key, TWICE))
             else:
                 sites[name] = site
+    unmatched = [(short(key), short(why, 300)) for key, why in unmatched]
     metadata = {key: value for piece in pieces for key, value in piece.metadata.items()}
     if not sites:
         told = [f"{key}: {why}." for key, why in unmatched if why != NO_NAME]
@@ -189,8 +208,12 @@ def _sites_of(piece: Piece, unmatched: Unmatched) -> list[Site]:
     """A piece's tensors gathered into layers; what does not belong goes to `unmatched`."""
     gathered: dict[tuple[str, str], Site] = {}
     padding = _padding_of(piece.metadata)
+    several = sorted({name for key in piece.tensors if (name := adapter_name(key))})
     for key, tensor in piece.tensors.items():
         if key.startswith(PREFIX):
+            continue
+        if len(several) > 1 and adapter_name(key) not in ("", several[0]):
+            unmatched.append((key, f'the file holds several PEFT adapters; only "{short(several[0])}" is read'))
             continue
         parsed = parse_key(key, part=piece.part)
         if isinstance(parsed, str):
@@ -229,20 +252,41 @@ def _is_complete(site: Site, piece: Piece, unmatched: Unmatched) -> bool:
         except (TypeError, ValueError, IndexError, ZeroDivisionError, re.error) as error:
             unmatched.append((site.key, f"its configuration makes no sense for it ({error})"))
             return False
-    elif piece.metadata.get("ss_network_module") == "networks.oft":
+    if fault := _kind_fault(site.leaves):
+        unmatched.append((site.key, fault))
+        return False
+    if not site.is_dotted and piece.metadata.get("ss_network_module") == "networks.oft":
         _settle_kohya_oft(site.leaves)
     _fold_scalar(site.leaves)
     if "magnitude" in site.leaves:  # PEFT's, always per output, though (1, out, 1, 1) for convolutions
         site.leaves["dora_scale"] = site.leaves.pop("magnitude").flatten()
     kinds = site.kinds()
     if not kinds:
-        names = ", ".join(site.leaves)
+        names = short(", ".join(site.leaves), 200)
         unmatched.append((site.key, f"its tensors ({names}) make up no known kind of adapter"))
         return False
     for leaf in [leaf for leaf in site.leaves if kinds[0] in _LISTED and leaf not in KNOWN]:
         unmatched.append((f"{site.key}.{leaf}", "no reader uses this tensor"))
         del site.leaves[leaf]
     return True
+
+
+_ONE_NUMBER = ("alpha", "scalar")
+_NO_WEIGHTS = (*_ONE_NUMBER, "on_input", "init_rank", "bias_scale", "oft_terms", "oft_eps")
+"""Leaves that may be whole numbers or true and false."""
+
+
+def _kind_fault(leaves: Mapping[str, Tensor]) -> str:
+    """What is wrong with the kind of a layer's numbers, as a plain sentence; empty where nothing is."""
+    for name, tensor in leaves.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if name not in _NO_WEIGHTS and not tensor.is_floating_point():
+            return f"{short(name)} holds {kind} values, and weights are floating-point numbers"
+        if name in _ONE_NUMBER and tensor.numel() != 1:
+            return f"{name} has {tensor.numel()} values, and it is one number"
+        if name in _ONE_NUMBER and tensor.dtype == torch.bool:
+            return f"{name} is {kind}, and it is a number"
+    return ""
 
 
 def _settle_kohya_oft(leaves: dict[str, Tensor]) -> None:
@@ -273,7 +317,7 @@ def _build(leaves: Mapping[str, Tensor], shape: Sequence[int]) -> Adapter:
         adapter = read_forms(leaves, shape)
     except (RuntimeError, IndexError, KeyError) as error:
         # Tensors of a shape that no writer makes: torch itself finds that they do not multiply.
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in leaves.items())
+        shapes = short(", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in leaves.items()), 300)
         raise ValueError(f"its tensors do not fit a weight of {tuple(shape)}: {shapes}") from error
     return adapter
 
@@ -288,4 +332,4 @@ def _shape(module: nn.Module) -> tuple[int, ...]:
 def _no_layer(site: Site, parts: Parts) -> str:
     if site.part not in parts:
         return f"the model has no {PART_NAMES.get(site.part, site.part)}"
-    return f"the model's {PART_NAMES[site.part]} has no such layer"
+    return f"the model's {PART_NAMES.get(site.part, site.part)} has no such layer"

@@ -24,8 +24,8 @@ def ab_picture(
     steps: int | None = None,
     on_step: Callable[[int, int], bool] | None = None,
 ) -> Image:
-    """A grid of a column a seed: the base, with the adapters as they were, and as they are now."""
-    rows = [("base", ()), (names[0], before), (names[1], after)]
+    """A grid of a column a seed: with the adapters before the step, after it, and the base alone."""
+    rows = [(names[0], before), (names[1], after), ("base", ())]
     total = len(rows) * len(seeds)
     drawn: list[tuple[str, list[Image]]] = []
     for name, adapters in rows:

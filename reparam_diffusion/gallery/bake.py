@@ -6,49 +6,83 @@ Layer by layer: beside the loaded model only the layer at hand is in memory.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from accelerate import init_empty_weights
+from torch import Tensor, nn
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import folder_beside
-from reparam_diffusion.formats.bundled import write_beside
+from reparam_diffusion.files import folder_beside, require_new_file, telling
+from reparam_diffusion.formats.bundled import embedding_paths, write_beside
 from reparam_diffusion.formats.checkpoint import Named, Weights, live_weights, original_names
 from reparam_diffusion.formats.container import TensorFile
+from reparam_diffusion.formats.header import family_keys
 from reparam_diffusion.formats.load import FOLDERS
+from reparam_diffusion.formats.names import Family
 from reparam_diffusion.formats.write import DTYPES, Precision
 from reparam_diffusion.gallery.blend.result import Progress
-from reparam_diffusion.gallery.blend.sources import Base, Opened, Source
+from reparam_diffusion.gallery.blend.sources import Base, Opened, Source, require_one_prediction
 from reparam_diffusion.maths.change import Change, total
+from reparam_diffusion.maths.loss import describe_loss, kept_share
+from reparam_diffusion.maths.lowrank import relative
+from reparam_diffusion.models.checkpoint import read_header
+from reparam_diffusion.models.finite import require_weights
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.models.parts import MODEL_CONFIGS, empty_parts
 from reparam_diffusion.models.pipeline import pipeline_over
+from reparam_diffusion.models.source import find_source
 
 Kind = Literal["folder", "checkpoint"]
 
 
+@dataclass(frozen=True)
+class Baked:
+    """A model with adapters merged in, and what rounding its weights costs of the adapters' change."""
+
+    path: Path
+    error: float
+    """‖written − (W + Δ)‖ / ‖Δ‖ over all changed layers."""
+
+    @property
+    def loss(self) -> str:
+        """In words, such as "keeps 96 % of the change (relative error 0.2)"."""
+        return describe_loss(self.error)
+
+    def to_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return {"model": str(self.path), "error": self.error, "kept": kept_share(self.error), "loss": self.loss}
+
+
 def bake(
     model: Model, sources: Sequence[Source], out: Path, *, kind: Kind = "folder", precision: Precision = "fp16"
-) -> Generator[Progress | Path, None, None]:
-    """Save the model with adapters merged in; yields progress, then the path. Closing it early leaves nothing.
+) -> Generator[Progress | Baked, None, None]:
+    """Save the model with adapters merged in; yields progress, then the result. Closing it early leaves nothing.
 
     "checkpoint" is one .safetensors with the original Stable Diffusion names, which programs open as a base model.
     Learned words have no place in a model: each is put beside it as a textual inversion, <name>-embedding.safetensors.
-    Raises UserError when `out` is taken, and where an adapter brings a bias to a layer that has none.
+    What is written is opened once before the result is given. Raises UserError before any work when `out` is taken or
+    cannot be written, for NaN or infinity, where an adapter brings a bias to a layer that has none, and for a single
+    file of a model in another shape than its family's, which no program could open.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already.", "A model is never overwritten.", "Name another place.")
-    opened = Opened(sources, Base(model.parts, model.family, model.name))
-    words = opened.words
-    merged = _Merged(model, opened)
-    header = {"format": "pt", "modelspec.title": out.stem, "modelspec.merged_from": _recipe(model, opened)}
+    require_new_file(out, sources=[source.file for source in sources])
     if kind == "checkpoint":
-        if out.suffix != ".safetensors":
-            raise UserError(f"{out.name} is no .safetensors file.", do="Name a file such as model.safetensors.")
-        named = original_names(model.parts, model.vae, model.family, merged)
+        require_single_file(model, out)
+    require_weights(model)
+    opened = Opened(sources, Base(model.parts, model.family, model.name))
+    require_one_prediction(opened.files)
+    words = opened.words
+    for file in embedding_paths(out, len(words)):
+        require_new_file(file)
+    merged = _Merged(model, opened, precision)
+    header = _header(model, opened, out)
+    if kind == "checkpoint":
+        named = chain(original_names(model.parts, model.vae, model.family, merged), _marks(model))
         names = _write(out, named, header=header, precision=precision)
     else:
         names = _write_folder(model, merged, out, header=header, precision=precision)
@@ -57,13 +91,83 @@ def bake(
         for number, name in enumerate(names, 1):
             yield Progress(min(number, count), count, name)
     write_beside(out, words, model.family)
-    yield out
+    open_model(out, model)
+    yield Baked(out, relative(merged.wrong**0.5, merged.size**0.5))
+
+
+def require_single_file(model: Model, out: Path) -> None:
+    """Raise UserError for a model that no program can open as one file: one in another shape than its family's."""
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out.name} is no .safetensors file.", do="Name a file such as model.safetensors.")
+    kind = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl"}[model.family]
+    with init_empty_weights():
+        standard = empty_parts(MODEL_CONFIGS / kind)
+    parts = {"unet": standard.unet} | {f"te{n}": encoder for n, encoder in enumerate(standard.text_encoders, 1)}
+    wanted = _shapes(parts, standard.vae, model.family)
+    own = _shapes(model.parts, model.vae, model.family)
+    different = [name for name in {**wanted, **own} if wanted.get(name) != own.get(name)]
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{model.name} cannot be written as one file.",
+            "Programs open single files only in the shapes of Stable Diffusion 1.x, 2.x and XL; "
+            f"here {name} is {own.get(name, 'missing')}, not {wanted.get(name, 'there')}.",
+            f"Write a folder: name the result {out.stem} instead of {out.name}.",
+        )
+
+
+def _shapes(parts: Mapping[str, nn.Module], vae: nn.Module, family: Family) -> dict[str, tuple[int, ...]]:
+    named = original_names(parts, vae, family, live_weights(parts))
+    return {name: tuple(tensor.shape) for name, tensor in named if not name.endswith("position_ids")}
+
+
+def open_model(out: Path, model: Model) -> None:
+    """Look at a written model as generation does. Raises UserError, and deletes it, where it is taken for another."""
+    try:
+        source = find_source(str(out), fetch=False)
+        checkpoint = source.checkpoint
+        is_v = model.prediction_type == "v_prediction"
+        why = "It is taken for another kind of model." if checkpoint and checkpoint.is_v_prediction != is_v else ""
+        for file in [out] if out.is_file() else sorted(out.rglob("*.safetensors")):
+            read_header(file)
+    except UserError as error:
+        why = str(error)
+    if why:
+        out.unlink() if out.is_file() else shutil.rmtree(out)
+        raise UserError(f"{out.name} was written but cannot be opened.", why, "This is a bug; please file an issue.")
+
+
+def _header(model: Model, opened: Opened, out: Path) -> dict[str, str]:
+    """The model's own kind, so that programs need not guess it, and what was merged."""
+    is_v = model.prediction_type == "v_prediction"
+    architecture = family_keys(model.family, is_v_prediction=is_v)["modelspec.architecture"].removesuffix("/lora")
+    header = {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": architecture,
+        "modelspec.title": out.stem,
+        "modelspec.merged_from": _recipe(model, opened),
+        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "modelspec.resolution": f"{model.size}x{model.size}",
+    }
+    triggers = ", ".join(dict.fromkeys(file.trigger for file in opened.files if file.trigger))
+    return header | ({"modelspec.trigger_phrase": triggers} if triggers else {})
+
+
+def _marks(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Empty tensors by which programs know a single file's v-prediction and zero terminal SNR."""
+    if model.prediction_type == "v_prediction" and model.family != "sd2":
+        yield "v_pred", torch.zeros(0)
+    if model.scheduler.config.get("rescale_betas_zero_snr"):
+        yield "ztsnr", torch.zeros(0)
 
 
 class _Merged:
     """The weights to write, by "<part>.<key>": the live ones with the adapters' change added where there is one."""
 
-    def __init__(self, model: Model, opened: Opened) -> None:
+    def __init__(self, model: Model, opened: Opened, precision: Precision) -> None:
+        self._dtype = DTYPES[precision]
+        self.wrong = self.size = 0.0  # squares, of what rounding takes away and of the change
         self._live, self._opened = live_weights(model.parts), opened
         self._sites = frozenset(opened.sites)
         self._last: tuple[str, Change] | None = None  # a layer's weight and bias come one after the other
@@ -79,7 +183,12 @@ class _Merged:
             self._last = (site, total([layer.wanted for layer in self._opened.layers(site)]))
         change = self._last[1]
         added = change.bias if leaf == "bias" else change.matrix().reshape(change.shape)
-        return tensor if added is None else tensor.float() + added
+        if added is None:
+            return tensor
+        moved = tensor.float() + added
+        self.wrong += float((moved.to(self._dtype).float() - moved).norm()) ** 2
+        self.size += float(added.norm()) ** 2
+        return moved
 
     def _check(self, site: str, model: Model) -> None:
         part, _, path = site.partition(".")
@@ -122,7 +231,8 @@ def _write_folder(
 ) -> Generator[str, None, None]:
     """diffusers' layout, as `load_model` and `from_pretrained` read it; text encoders under their older names."""
     with folder_beside(out) as hidden:
-        _settings(model, hidden)
+        with telling(out):
+            _settings(model, hidden)
         for folder, part in [*FOLDERS.items(), ("vae", "vae")]:
             module = model.vae if part == "vae" else model.parts.get(part)
             if module is None:

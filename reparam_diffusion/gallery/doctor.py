@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import require_new_file
 from reparam_diffusion.formats.container import data_hash
-from reparam_diffusion.formats.identify import guess_family
+from reparam_diffusion.formats.families import FAMILY_TITLES, UNKNOWN, family_in_header, is_other
+from reparam_diffusion.formats.finite import find_broken_tensor
+from reparam_diffusion.formats.header import inherit_header
 from reparam_diffusion.formats.names import Family, Parts, module_at
 from reparam_diffusion.formats.programs import Verdict, names_of, readers, traits_of
 from reparam_diffusion.formats.read import AdapterFile, Site, read_adapter
 from reparam_diffusion.formats.write import AdapterWriter, Precision
-from reparam_diffusion.gallery.blend.result import Progress
+from reparam_diffusion.gallery.blend.result import Progress, open_once
 from reparam_diffusion.gallery.blend.sources import Base
 from reparam_diffusion.models.load import Model, load_model
 from reparam_diffusion.models.skeleton import skeleton
@@ -57,6 +57,9 @@ class Diagnosis:
     """How it is known which base the file is for."""
     layers: int
     fitting: int
+    """Layers that are right; only counted where `is_checked`."""
+    is_checked: bool
+    """Whether there was a base to hold the layers against."""
     ranks: Mapping[int, int]
     alphas: Mapping[float, int]
     dtypes: Mapping[str, int]
@@ -82,8 +85,9 @@ def diagnose(path: Path, model: Model | None = None) -> Diagnosis:
     """Look at a file, on `model` or on the base that fits it best. Raises UserError for what is no adapter at all."""
     file = read_adapter(path)
     base, certainty = base_of(file, model)
-    located, left = file.locate(base.parts)
-    left += file.words_for(base.parts)[1]
+    located, left = file.locate(base.parts) if base is not None else ({}, list(file.unmatched))
+    if base is not None:
+        left += file.words_for(base.parts)[1]
     names = list(located.values()) if located else list(file.layers.values())
     kinds = Counter(site.kinds()[0] for site in names)
     alphas = Counter(_alpha(site) for site in names if "alpha" in site.leaves)
@@ -95,42 +99,53 @@ def diagnose(path: Path, model: Model | None = None) -> Diagnosis:
         traits.add("alphas that differ")
     if file.words:
         traits.add("a learned word")
-    findings, fitting = _findings(file, located, base)
+    findings, fitting = _findings(file, located, base) if base is not None else (_values(file), 0)
     if left:
         mend = "Use it with the base it was made for; what has no place is left out."
         findings.append(
             Finding("Tensors that no layer of the base takes", tuple(f"{k}: {why}" for k, why in left), mend)
         )
-    findings += _header_findings(file, base.family)
+    family = base.family if base is not None and located else file.base
+    findings += _header_findings(file, family)
     return Diagnosis(
         file=path,
         method=file.method,
         kinds=dict(kinds),
-        family=base.family if located else file.base,
+        family=family,
         certainty=certainty,
         layers=len(names),
         fitting=fitting,
+        is_checked=base is not None,
         ranks=dict(sorted(Counter(file.ranks.values()).items())),
         alphas=dict(sorted(alphas.items())),
         dtypes=dict(dtypes),
         metadata=len(file.metadata),
         words={word.text: word.count for word in file.words},
         findings=tuple(findings),
-        verdicts=tuple(readers(sorted(traits), names_of((site.key for site in names), base.family))),
+        verdicts=tuple(readers(sorted(traits), names_of((site.key for site in names), family))),
         left_out=tuple(left),
     )
 
 
-def base_of(file: AdapterFile, model: Model | None) -> tuple[Base, str]:
-    """The base that the file fits, and how that is known."""
+def base_of(file: AdapterFile, model: Model | None) -> tuple[Base | None, str]:
+    """The base that the file fits, and how that is known; None for families that are not here.
+
+    A `model` that the file is not for is set aside, so that a file is never measured against another's base.
+    """
     if model is not None:
-        return Base(model.parts, model.family, model.name), f"you said {model.name}"
-    told = guess_family(file.metadata, {})
+        if _fits(file, model.parts):
+            return Base(model.parts, model.family, model.name), f"checked against {model.name}"
+        base, how = base_of(file, None)
+        return base, f"{model.name} has none of its layers, so it was not checked against that: {how}"
+    told = family_in_header(file.metadata)
+    shown = file.base
+    if is_other(shown):
+        return None, f"{FAMILY_TITLES[shown]} is not a base this program has, so shapes are not checked"
     tried: list[tuple[int, Base]] = []
-    names = [told, *(family for family in FAMILIES if family != told)]
+    names: list[str] = [name for name in (shown, told, *FAMILIES) if name in FAMILIES]
     if file.metadata.get("ss_sd_model_name") == STARTER.name:
         names.insert(0, "starter")
-    for name in (name for name in names if name != "unknown"):
+    for name in dict.fromkeys(names):
         base = _known(name)
         fits = _fits(file, base.parts)
         if fits >= _ENOUGH * len(file.layers):
@@ -138,7 +153,7 @@ def base_of(file: AdapterFile, model: Model | None) -> tuple[Base, str]:
                 "its header says so and"
                 if name in (told, "starter")
                 else "its header says otherwise, but"
-                if told != "unknown"
+                if told != UNKNOWN
                 else "its header does not say, but"
             )
             return base, f"{how} {fits} of {len(file.layers)} layers fit {base.name or name}"
@@ -162,19 +177,13 @@ def _fits(file: AdapterFile, parts: Parts) -> int:
 
 def _fault(site: Site, parts: Parts, live: str) -> str:
     """Why a layer cannot be used: "NaN", that it does not fit, or "" where nothing is wrong."""
-    if any(not _is_finite(name, site, tensor) for name, tensor in site.leaves.items()):
+    if find_broken_tensor(site):
         return "NaN"
     try:
         site.adapter(module_at(parts, live))
     except ValueError as error:
         return str(error)
     return ""
-
-
-def _is_finite(name: str, site: Site, tensor: Tensor) -> bool:
-    if name == "alpha" and any(leaf.startswith("lokr") for leaf in site.leaves):
-        return True
-    return bool(torch.isfinite(tensor.float()).all())
 
 
 def _findings(file: AdapterFile, located: Mapping[str, Site], base: Base) -> tuple[list[Finding], int]:
@@ -206,6 +215,17 @@ def _findings(file: AdapterFile, located: Mapping[str, Site], base: Base) -> tup
     return [row for row in rows if row.layers], len(located) - len(faults["NaN"]) - len(faults["shape"])
 
 
+def _values(file: AdapterFile) -> list[Finding]:
+    """What is wrong with the numbers alone, where there is no base to hold the shapes against."""
+    bad = [site.key for site in file.layers.values() if find_broken_tensor(site)]
+    zero = [site.key for site in file.layers.values() if _is_zero(site)]
+    rows = [
+        Finding("Values that are not numbers (NaN or infinity)", tuple(bad)),
+        Finding("Layers that change nothing (all zero)", tuple(zero), is_serious=False),
+    ]
+    return [row for row in rows if row.layers]
+
+
 def _is_zero(site: Site) -> bool:
     return any(name in site.leaves and not bool(site.leaves[name].any()) for name in _FACTORS)
 
@@ -215,14 +235,17 @@ def _alpha(site: Site) -> float:
     return math.nan if alpha is None or not alpha.numel() else float(alpha.float().reshape(-1)[0])
 
 
-def _header_findings(file: AdapterFile, family: Family) -> list[Finding]:
+def _header_findings(file: AdapterFile, family: str) -> list[Finding]:
     """What the header makes other programs believe."""
     rows, header = [], file.metadata
-    told = guess_family(header, {})
+    told = family_in_header(header)
     mend = "`doctor --repair` writes it."
-    if told not in ("unknown", family):
-        rows.append(Finding(f"The header says {told}, the layers are {family}'s", (), mend))
-    elif header and family != "sd1" and told == "unknown":
+    if family in FAMILIES and told not in (UNKNOWN, family):
+        said, shown = FAMILY_TITLES[told], FAMILY_TITLES[family]
+        rows.append(Finding(f"The header says {said}, the layers are those of {shown}", (), mend))
+    elif file.base_conflict:
+        rows.append(Finding(file.base_conflict))
+    elif header and family not in ("sd1", UNKNOWN) and told == UNKNOWN:
         rows.append(Finding("A1111 files it under SD 1, since the header does not name the base", (), mend, False))
     stored = header.get("sshs_model_hash", "").removeprefix("0x")
     if stored and file.file.is_file() and stored != data_hash(file.file):
@@ -236,17 +259,23 @@ def repair(
     path: Path, out: Path, *, model: Model | None = None, precision: Precision = "fp16"
 ) -> Iterator[Progress | Path]:
     """Write what is right of a file anew: names, alphas and header as programs read them, broken layers left out."""
+    require_new_file(out, sources=[path])
     file = read_adapter(path)
-    base, _ = base_of(file, model)
+    base, why = base_of(file, model)
+    if base is None:
+        raise UserError(f"{path.name} cannot be repaired here.", f"{why}.", "Use a program that has its base model.")
     located, _ = file.locate(base.parts)
+    right: list[str] = []
     kept = dict(file.metadata)
     for key in ("sshs_model_hash", "sshs_legacy_hash", "ss_network_module", "ss_base_model_version", "ss_v2"):
         kept.pop(key, None)
     kept = {key: value for key, value in kept.items() if key not in ("modelspec.architecture", "lora_adapter_metadata")}
+    kept |= inherit_header([file.metadata], base.family)
     with AdapterWriter(out, parts=base.parts, family=base.family, precision=precision) as writer:
         for number, (live, site) in enumerate(located.items(), 1):
             if not _fault(site, base.parts, live) and not _is_zero(site):
                 writer.add(live, site.adapter(module_at(base.parts, live)))
+                right.append(live)
             file.let_go()
             yield Progress(number, len(located), live)
         writer.add_words(file.words_for(base.parts)[0])
@@ -256,6 +285,7 @@ def repair(
             raise UserError(
                 "Nothing of this file can be saved.", error.why, "Get it again from where it came."
             ) from None
+    open_once(out, base, right)
     yield out
 
 
@@ -265,8 +295,9 @@ def diagnosis_lines(found: Diagnosis) -> list[str]:
     lines = [
         f"File      {found.file.name}",
         f"Method    {found.method}: {kinds}",
-        f"Base      {found.family} ({found.certainty})",
-        f"Layers    {found.layers}, of which {found.fitting} are right",
+        f"Base      {FAMILY_TITLES.get(found.family, found.family)} ({found.certainty})",
+        f"Layers    {found.layers}"
+        + (f", of which {found.fitting} are right" if found.is_checked else ", checked without a base"),
         f"Numbers   {', '.join(f'{name} ({count} tensors)' for name, count in found.dtypes.items())}",
     ]
     if found.ranks:
@@ -287,7 +318,7 @@ def diagnosis_lines(found: Diagnosis) -> list[str]:
             lines.append(f"      {finding.mend}")
     lines.append("Opens in")
     lines += [
-        f"  {verdict.program:9} {'yes' if verdict.opens else 'no'}{f'  ({verdict.why})' if verdict.why else ''}"
+        f"  {verdict.program:9} {verdict.answer}{f'  ({verdict.why})' if verdict.why else ''}"
         for verdict in found.verdicts
     ]
     return lines

@@ -44,11 +44,8 @@ def save_picture(picture: Image.Image, recipe: Recipe, file: Path) -> Path:
     note.add_text(TEXT, to_text(recipe))
     told = {"model": told_of(recipe.model), "vae": told_of(recipe.vae)}
     note.add_itxt(EXACT, recipe.model_copy(update=told).model_dump_json())
-    try:
-        with beside(file) as hidden:
-            picture.save(hidden, "PNG", pnginfo=note)
-    except OSError as error:
-        raise UserError(f"{file} cannot be written.", str(error.strerror), "Choose another place.") from error
+    with telling(file), beside(file) as hidden:
+        picture.save(hidden, "PNG", pnginfo=note)
     return file
 
 

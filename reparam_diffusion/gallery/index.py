@@ -13,7 +13,7 @@ from pathlib import Path
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery.report import report_of
 
-VERSION = 2
+VERSION = 3
 """Counts up with every change of what is kept: an older index is made anew."""
 AT_ONCE = 50  # files read between two writes
 

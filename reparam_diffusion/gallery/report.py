@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from reparam_diffusion.adapters.base import METHODS
+from reparam_diffusion.formats.families import FAMILY_TITLES, is_other
 from reparam_diffusion.formats.identify import count_pictures
 from reparam_diffusion.formats.read import PART_NAMES, read_adapter
 
 Report = dict[str, Any]
 """Plain values for JSON."""
 
-BASES = {
-    "starter": "Starter model",
-    "sd1": "Stable Diffusion 1.x",
-    "sd2": "Stable Diffusion 2.x",
-    "sdxl": "Stable Diffusion XL",
-    "unknown": "not said",
-}
+BASES = {"starter": "Starter model", **FAMILY_TITLES, "unknown": "not said"}
 """Families of base models and their names for people."""
 FOREIGN = {
     "full": "Full difference",
@@ -51,6 +46,7 @@ def report_of(path: Path, model: str | None = None) -> Report:
         "trained_as": trained_as if trained_as in METHODS and trained_as != file.method else "",
         "base": "starter" if base_model == STARTER else file.base,
         "base_model": base_model,
+        "base_conflict": file.base_conflict,
         "trigger": file.trigger,
         "words": {word.text: word.count for word in file.words},
         "alpha": metadata.get("ss_network_alpha", ""),
@@ -108,7 +104,8 @@ def words_told(report: Report) -> str:
 
 def report_lines(report: Report) -> list[str]:
     """The report as lines of plain text."""
-    parts = ", ".join(f"{count} in the {PART_NAMES.get(p, p)}" for p, count in report["layers_by_part"].items())
+    names = PART_NAMES | ({"unet": "transformer"} if is_other(report["base"]) else {})
+    parts = ", ".join(f"{count} in the {names.get(p, p)}" for p, count in report["layers_by_part"].items())
     base = BASES[report["base"]] + (f"  ({report['base_model']})" if report["base_model"] else "")
     method = method_title(report["method"])
     if report["trained_as"]:
@@ -117,6 +114,7 @@ def report_lines(report: Report) -> list[str]:
         f"File      {report['file']}  {report['bytes'] / 1e6:.1f} MB",
         f"Method    {method}",
         f"Base      {base}",
+        *([f"          {report['base_conflict']}"] if report["base_conflict"] else []),
         f"Trigger   {report['trigger'] or 'not said'}",
         *([f"Learned   {words_told(report)}"] if report["words"] else []),
         f"Layers    {report['layers']}: {parts}",

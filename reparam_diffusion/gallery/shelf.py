@@ -19,7 +19,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from reparam_diffusion.errors import UserError, unknown_name
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import hidden_part, sweep_leftovers, telling, write_whole
 from reparam_diffusion.gallery.notes import Notes, changed_notes, new_notes, read_notes, write_notes
 
 ENDING = ".safetensors"
@@ -71,9 +71,14 @@ def companion(file: Path, ending: str) -> Path:
 def changing(workspace: Path) -> Iterator[None]:
     """One at a time, whichever process or browser it is. Everything that changes the shelf or the bin holds this."""
     shelf = shelf_of(workspace)
-    shelf.mkdir(parents=True, exist_ok=True)
-    with FileLock(shelf / ".lock", thread_local=False):
+    lock = FileLock(shelf / ".lock", thread_local=False)
+    with telling(shelf):
+        shelf.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
         yield
+    finally:
+        lock.release()
 
 
 # --- putting things on it --------------------------------------------------------------------------------------------
@@ -101,13 +106,14 @@ def add(
 @contextmanager
 def copied(file: Path, folder: Path) -> Iterator[Path]:
     """A hidden copy of a file or folder inside `folder`, for the body to move into place; removed if it did not."""
-    copy = folder / f".{os.getpid()}.part"
+    sweep_leftovers(folder)
+    copy = hidden_part(folder / file.name)
     try:
-        _remove(copy)
-        if file.is_dir():
-            _copy_peft(file, copy)
-        else:
-            shutil.copyfile(file, copy)
+        with telling(folder / file.name):
+            if file.is_dir():
+                _copy_peft(file, copy)
+            else:
+                shutil.copyfile(file, copy)
         yield copy
     finally:
         _remove(copy)

@@ -8,14 +8,16 @@ from typing import Annotated
 
 import typer
 
+from reparam_diffusion.files import beside, require_new_file, telling
 from reparam_diffusion.jobs.file_commands import Base, Json, Numbers, Workspace, follow, path_of, precision_of
+from reparam_diffusion.jobs.signals import cancellable
 from reparam_diffusion.printable import say
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (doctor, compare):
-        app.command()(command)
+        app.command()(cancellable(command))
 
 
 def doctor(
@@ -33,6 +35,8 @@ def doctor(
     from reparam_diffusion.models.load import load_model
 
     path = path_of(file, workspace)
+    if repair is not None:
+        require_new_file(repair, sources=[path])
     base = load_model(model, device="cpu") if model else None
     found = diagnose(path, base)
     say(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(diagnosis_lines(found)))
@@ -54,12 +58,15 @@ def compare(
     """Show where two adapters pull against each other, layer by layer."""
     from reparam_diffusion.gallery.collide import Collision, collide, collision_lines, heat_map
 
-    steps = collide(path_of(first, workspace), path_of(second, workspace), model=model or None)
+    paths = path_of(first, workspace), path_of(second, workspace)
+    if picture is not None:
+        require_new_file(picture, sources=paths)
+    steps = collide(*paths, model=model or None)
     found = follow(steps, as_json=as_json)
     assert isinstance(found, Collision)
     say(json.dumps(found.to_dict(), indent=1) if as_json else "\n".join(collision_lines(found)))
     if picture is not None:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        heat_map(found).save(picture, "PNG")
+        with telling(picture), beside(picture) as hidden:
+            heat_map(found).save(hidden, "PNG")
         if not as_json:
             say(f"Heat map: {picture}")

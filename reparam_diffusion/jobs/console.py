@@ -56,6 +56,8 @@ def _lines(event: e.Event, folder: Path) -> list[str]:
     match event:
         case e.Launched():
             return [f"Run {folder.name}", *([f"Ray job {event.job}"] if event.job else [])]
+        case e.Prepared() if event.waiting_for:
+            return [f"Waiting for the device, which is in use by {event.waiting_for}."]
         case e.Started():
             return event.sets
         case e.Warned():

@@ -43,6 +43,8 @@ class PictureSet:
     pictures: tuple[Picture, ...]
     refused: tuple[Refused, ...] = ()
     about: About = About()
+    left_out: tuple[Picture, ...] = ()
+    """Images of a draft that the user has left out; a run does not get them."""
 
 
 def example_sets() -> list[PictureSet]:
@@ -105,7 +107,8 @@ def with_words(chosen: PictureSet, *, trigger: str, class_word: str) -> PictureS
             picture if picture.caption is None else replace(picture, caption=rename(picture.caption))
             for picture in pictures
         )
-    return PictureSet(pictures, chosen.refused, About(about.title or new, trigger, class_word, about.kind))
+    about = About(about.title or new, trigger, class_word, about.kind)
+    return replace(chosen, pictures=pictures, about=about)
 
 
 def add_dataset(chosen: PictureSet, workspace: Path) -> Path:
@@ -137,26 +140,36 @@ def write_set(chosen: PictureSet, folder: Path) -> PictureSet:
     taken: set[str] = set()
     written = []
     for picture in chosen.pictures:
-        stem = make_slug(picture.path.stem, otherwise="picture")
-        name, number = stem, 1
-        while name in taken:
-            number += 1
-            name = f"{stem}-{number}"
-        taken.add(name)
-        target = folder / f"{name}{picture.path.suffix.lower()}"
-        shutil.copyfile(picture.path, target)
+        copied = copy_image(picture, folder, taken)
         if picture.caption is not None:
-            target.with_suffix(".txt").write_text(picture.caption + "\n", encoding="utf-8")
-        mask = None
-        if picture.mask is not None:
-            mask = folder / f"{name}{MASK_ENDING}{picture.mask.suffix.lower()}"
-            shutil.copyfile(picture.mask, mask)
-        written.append(replace(picture, path=target, mask=mask, given_name=picture.given_name or picture.path.name))
+            copied.path.with_suffix(".txt").write_text(picture.caption + "\n", encoding="utf-8")
+        written.append(copied)
     about = tomlkit.document()
     for key, value in vars(chosen.about).items():
         about.add(key, value)
     (folder / "dataset.toml").write_text(tomlkit.dumps(about), encoding="utf-8")
     return replace(chosen, pictures=tuple(written))
+
+
+def copy_image(picture: Picture, folder: Path, taken: set[str]) -> Picture:
+    """Copy an image and its mask into a folder under a name that is not `taken` yet; gives it as it lies there."""
+    stem = make_slug(picture.path.stem, otherwise="picture")
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    target = folder / f"{name}{picture.path.suffix.lower()}"
+    shutil.copyfile(picture.path, target)
+    mask = None if picture.mask is None else copy_mask(picture.mask, target)
+    return replace(picture, path=target, mask=mask, given_name=picture.given_name or picture.path.name)
+
+
+def copy_mask(mask: Path, image: Path) -> Path:
+    """Copy a mask to its place beside an image."""
+    target = image.with_name(f"{image.stem}{MASK_ENDING}{mask.suffix.lower()}")
+    shutil.copyfile(mask, target)
+    return target
 
 
 def _is_same(folder: Path, other: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.files import is_same_place
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.printable import say
 
@@ -81,6 +82,9 @@ def generate(
     chosen = [_adapter_choice(one, workspace) for one in adapter or []]
     chosen += [(find(tag.name, workspace), tag.strength, tag.text_strength) for tag in tagged.tags]
     _check_out(out, workspace, needs_workspace=image is not None or mask is not None)
+    for given in (image, mask):
+        if out is not None and given is not None and is_same_place(out, given):
+            raise UserError(f"{out} would replace the input.", do="Choose another name for the result.", place="out")
     used = [{"name": path.stem, "strength": strength, "te_strength": te} for path, strength, te in chosen]
     values: dict[str, Any] = {"negative": negative, "steps": steps, "guidance": guidance, "scheduler": scheduler}
     values |= {"prompt": tagged.text, "seed": seed, "width": width, "height": height, "adapters": used, "model": model}

@@ -22,13 +22,15 @@ import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, read_settings, settle, to_toml
+from reparam_diffusion.data.buckets import Size
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import write_whole
+from reparam_diffusion.files import cache_file, write_whole
 from reparam_diffusion.jobs import locks, runs
-from reparam_diffusion.jobs.worker import device_of, start_detached, threads
+from reparam_diffusion.jobs.locks import device_of
+from reparam_diffusion.jobs.worker import start_detached, threads
 from reparam_diffusion.models.folder import import_pipelines
 from reparam_diffusion.models.outline import outline, shape_of
-from reparam_diffusion.models.precision import cache_file, pick_device
+from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.training.cards import advise, room_on
 from reparam_diffusion.training.estimate import Cost, cost_of, memory_piece
@@ -43,23 +45,23 @@ LEFT_FREE = 0.8
 """A probe may take this share of a computer's memory that is free."""
 
 
-def cost(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
+def cost(config: TrainConfig, *, pictures: int, workspace: Path, sides: Sequence[Size] | None = None) -> Cost:
     """What a launched run with so many pictures will cost, as far as it is known: milliseconds, once warm.
 
     The first call for a model imports diffusers and reads its configuration (seconds). Raises UserError for a model or
     settings that cannot be.
     """
-    return cost_of(config, pictures=pictures, workspace=workspace, threads=threads())
+    return cost_of(config, pictures=pictures, workspace=workspace, threads=threads(), sides=sides)
 
 
-def cost_here(config: TrainConfig, *, pictures: int, workspace: Path) -> Cost:
+def cost_here(config: TrainConfig, *, pictures: int, workspace: Path, sides: Sequence[Size] | None = None) -> Cost:
     """The same for a run in this process, its memory counted now (seconds); a hub id's configuration is fetched."""
     outline(config.model.path, fetch=True)
     if _memory_of(config) not in Book().read():
         Book().write({_memory_of(config): _count(config)})
     while (less := _helping(config)) is not None:
         Book().write({_memory_of(less): _count(less)})
-    return cost_of(config, pictures=pictures, workspace=workspace, threads=torch.get_num_threads())
+    return cost_of(config, pictures=pictures, workspace=workspace, threads=torch.get_num_threads(), sides=sides)
 
 
 def remember(folder: Path) -> None:

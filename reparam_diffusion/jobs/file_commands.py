@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reparam_diffusion.errors import UserError, unknown_name
+from reparam_diffusion.files import beside, folder_beside, require_new_file, require_writable, telling
+from reparam_diffusion.jobs.signals import cancellable
 from reparam_diffusion.printable import say
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ Size = Annotated[float, typer.Option("--megabytes", help="The file's size; ranks
 Factor = Annotated[int, typer.Option(help="LoKr: size of the small factor.")]
 Block = Annotated[int, typer.Option(help="OFT: size of the rotated blocks.")]
 Title = Annotated[str, typer.Option(help="The result's name.")]
-Picture = Annotated[str, typer.Option(help="Draw this prompt with the exact change and with the file, same seeds.")]
+Picture = Annotated[str, typer.Option(help="Compare the lossless change and the file on this prompt, same seeds.")]
 
 TELL_EVERY = 0.5  # seconds
 
@@ -43,7 +45,7 @@ TELL_EVERY = 0.5  # seconds
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (blend, convert, resize, export):
-        app.command()(command)
+        app.command()(cancellable(command))
 
 
 def blend(
@@ -164,6 +166,7 @@ def export(
 
     wanted = one_of(target, TARGETS, "target")
     path = path_of(source, workspace)
+    require_writable(out)
     base = base_for([read_adapter(path)], model or None)
     steps = export_adapter(
         path, out, parts=base.parts, family=base.family, target=wanted, precision=precision_of(precision), strip=strip
@@ -211,10 +214,16 @@ def _make(
     """Blend, say what was lost, and put the result where it belongs."""
     from reparam_diffusion.gallery.blend.blending import blend_files
     from reparam_diffusion.gallery.blend.result import Report
-    from reparam_diffusion.gallery.shelf import add, make_slug
+    from reparam_diffusion.gallery.shelf import add, shelf_of
 
-    with tempfile.TemporaryDirectory() as place:
-        target = out or Path(place) / "result.safetensors"
+    sheet = (out or _free_image(workspace, title)).with_suffix(".png")
+    if out is not None:
+        require_new_file(out, sources=[source.file for source in sources])
+    if picture:
+        require_new_file(sheet, sources=[source.file for source in sources])
+    require_writable(out or shelf_of(workspace))
+    with folder_beside(out or shelf_of(workspace) / "result", keep=False) as place:
+        target = out or place / "result.safetensors"
         more: dict[str, Any] = {"method": method, "options": options, "model": model or None, "title": title}
         report = follow(
             blend_files(sources, target, form=form, precision=precision_of(precision), **more), as_json=as_json
@@ -222,22 +231,31 @@ def _make(
         assert isinstance(report, Report)
         told = report.to_dict()
         if picture:
-            exact = Path(place) / "exact.safetensors"
-            follow(blend_files(sources, exact, precision="fp32", **more), as_json=as_json)
-            told["picture"] = str(
-                _draw(model, picture, exact, target, out or workspace / "images" / f"{make_slug(title)}.png")
-            )
+            exact = place / "exact.safetensors"
+            follow(blend_files(sources, exact, precision="fp32", lossless=True, **more), as_json=as_json)
+            told["picture"] = str(_draw(model, picture, exact, target, sheet))
         if out is None:
             told["file"] = str(add(target, workspace, name=title, facts=_notes(target)))
     say(json.dumps(told, indent=1) if as_json else "\n".join(report_lines(report, told)))
 
 
+def _free_image(workspace: Path, title: str) -> Path:
+    """A name for a comparison that no image has yet."""
+    from reparam_diffusion.gallery.shelf import make_slug, numbered
+
+    folder = workspace / "images"
+    return next(folder / f"{stem}.png" for stem in numbered(make_slug(title)) if not (folder / f"{stem}.png").exists())
+
+
 def report_lines(report: Report, told: dict[str, object]) -> list[str]:
     """A result for a person: where it is, what it loses, and where most."""
-    rows = [f"{told['file']}", f"{len(report.layers)} layers, relative error {report.error:.2e}"]
-    if report.error > 1e-3:
-        rows += [f"  {row.error:.2e}  {row.site}  ({row.form})" for row in report.worst()]
+    from reparam_diffusion.maths.loss import ROUNDING, describe_loss
+
+    rows = [f"{told['file']}", f"{len(report.layers)} layers, {report.loss}"]
+    if report.error > ROUNDING:
+        rows += [f"  {row.site} ({row.form}) {describe_loss(row.error)}" for row in report.worst()]
     rows += [f"Left out of {file}: {key}: {why}." for file, key, why in report.left_out]
+    rows += [f"Note: {note}" for note in report.notes]
     return rows + ([f"Before and after: {told['picture']}"] if "picture" in told else [])
 
 
@@ -248,14 +266,12 @@ def _notes(file: Path) -> dict[str, object]:
     return {"activation text": trigger} if trigger else {}
 
 
-def _draw(model: str, prompt: str, exact: Path, result: Path, beside: Path) -> Path:
-    from reparam_diffusion.files import beside as hidden_beside
+def _draw(model: str, prompt: str, exact: Path, result: Path, target: Path) -> Path:
     from reparam_diffusion.gallery.ab import ab_picture
     from reparam_diffusion.models.load import load_model
 
     sheet = ab_picture(load_model(model or "starter"), prompt, [exact], [result], names=("exact", "written"))
-    target = beside.with_suffix(".png")
-    with hidden_beside(target) as hidden:
+    with telling(target), beside(target) as hidden:
         sheet.save(hidden, "PNG")
     return target
 
@@ -271,7 +287,10 @@ def follow(steps: Iterator[Any], *, as_json: bool) -> Any:
     console = Console(stderr=True)
     last: Any = None
     told = 0.0
-    with Bar(console=console, transient=True, disable=as_json or not console.is_terminal) as bar:
+    with ExitStack() as stack:
+        if hasattr(steps, "close"):
+            stack.callback(steps.close)  # what was begun is taken away before the error goes on
+        bar = stack.enter_context(Bar(console=console, transient=True, disable=as_json or not console.is_terminal))
         task = bar.add_task("Working", total=None)
         for step in steps:
             last = step

@@ -44,6 +44,8 @@ class RunState:
     pid: int = 0
     last_step_at: float = 0.0
     """Seconds since 1970."""
+    waiting_for: str | None = None
+    """What holds its device while it waits, in words: "run X (process 12, since 15:08)"."""
     place: int = 0
     """Its place in the queue; 0 where it does not wait there."""
     where: str = ""
@@ -65,6 +67,7 @@ class Fold:
 
     def __init__(self) -> None:
         self.last: e.Event | None = None  # the last event that says where the run stands
+        self.finished: e.Finished | None = None
         self.launched: e.Launched | None = None
         self.started: e.Started | None = None
         self.phase = e.Prepared("", 0, 0)
@@ -95,7 +98,7 @@ class Fold:
                 self.job = event.job or self.job
                 self.phase = e.Prepared("starting", 0, 0)
             case e.Started():
-                self.started = event
+                self.started, self.finished = event, None
                 self._rewind(event.first_step)
                 self.ranks = dict(event.ranks)
                 self.phase = e.Prepared("first step", 0, 0)
@@ -111,7 +114,11 @@ class Fold:
                 self.ranks = dict(event.ranks)
             case e.Saved():
                 self._take_saved(event)
+            case e.Failed(what=e.FINISHED_BEFORE) if self.finished is not None:
+                event = self.finished  # an earlier version said so when a finished run was resumed
             case e.Finished() | e.Stopped():
+                if isinstance(event, e.Finished):
+                    self.finished = event
                 self.adapter = event.path or self.adapter
                 self._rewind(event.step + 1)
             case e.Paused():
@@ -175,6 +182,7 @@ class Fold:
             ranks=dict(self.ranks),
             pid=self.launched.pid if self.launched else 0,
             last_step_at=self.last_step_at,
+            waiting_for=self.phase.waiting_for or None if now == "queued" else None,
             where=self._where(),
         )
 

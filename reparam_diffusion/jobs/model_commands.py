@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from reparam_diffusion.files import require_new_file
 from reparam_diffusion.jobs.file_commands import (
     Energy,
     Factor,
@@ -23,13 +24,14 @@ from reparam_diffusion.jobs.file_commands import (
     report_lines,
     source_of,
 )
+from reparam_diffusion.jobs.signals import cancellable
 from reparam_diffusion.printable import say
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
     for command in (bake, extract):
-        app.command()(command)
+        app.command()(cancellable(command))
 
 
 def bake(
@@ -45,14 +47,17 @@ def bake(
     import torch
 
     from reparam_diffusion.formats.read import read_adapter
+    from reparam_diffusion.gallery.bake import Baked
     from reparam_diffusion.gallery.bake import bake as work
     from reparam_diffusion.models.load import load_model
 
     chosen = [source_of(text, workspace) for text in sources]
+    require_new_file(out, sources=[source.file for source in chosen])
     kind = "checkpoint" if out.suffix == ".safetensors" else "folder"
     base = load_model(model, device="cpu", dtype=torch.float32)
-    follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
-    say(json.dumps({"model": str(out)}) if as_json else str(out))
+    done = follow(work(base, chosen, out, kind=kind, precision=precision_of(precision)), as_json=as_json)  # type: ignore[arg-type]  # one of two literals
+    assert isinstance(done, Baked)
+    say(json.dumps(done.to_dict()) if as_json else f"{out}\nThe model {done.loss}.")
     if not as_json and any(read_adapter(source.file).words for source in chosen):
         say("A model has no place for learned words: they are beside it, as -embedding.safetensors files.")
 
@@ -82,6 +87,7 @@ def extract(
 
     one_of(kind, ("exact", "lora", "adalora", "loha", "lokr", "diff"), "form")
     form = settle_form({"kind": kind, "rank": rank, "energy": energy, "megabytes": megabytes, "factor": factor})
+    require_new_file(out, sources=[Path(tuned), Path(base)])
     first, second = (load_model(path, device="cpu", dtype=torch.float32) for path in (tuned, base))
     steps = work(first, second, out, form=form, precision=precision_of(precision), least=least, title=title)
     report = follow(steps, as_json=as_json)

@@ -8,6 +8,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+from reparam_diffusion.data import disk_cache
 from reparam_diffusion.errors import UserError, unknown_name
 from reparam_diffusion.jobs import queue, runs
 from reparam_diffusion.jobs.fold import RunState
@@ -84,6 +85,14 @@ class Overview:
             target = place / f"{folder.name}-{number}"
         shutil.move(folder, target)
         return target
+
+
+def clear_caches(workspace: Path) -> int:
+    """Delete the workspace's caches; says how many bytes are free again. Raises UserError while a run is live."""
+    live = [folder.name for folder in runs.list_runs(workspace) if runs.state_of(folder).state == "running"]
+    if live:
+        raise UserError("The caches are in use.", f"The run {live[0]} is training.", "Wait for it, or stop it first.")
+    return disk_cache.clear_caches(workspace)
 
 
 @cache

@@ -10,15 +10,14 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
 
 from reparam_diffusion import events as e
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.files import write_whole
 from reparam_diffusion.jobs import locks, ray_jobs, runs, worker
 
@@ -48,8 +47,10 @@ def submit(folder: Path, *, resume: bool = False) -> bool:
     config = runs.read_config(folder)
     workspace = runs.workspace_of(folder)
     with _changing(workspace) as line:
-        if runs.has_worker(folder) or folder.name in {one.run for one in line}:
+        if runs.has_worker(folder):
             raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        runs.check_not_queued(folder)
+        runs.check_unfinished(folder)
         if config.launch.launcher == "ray":
             ray_jobs.hand_over(folder, resume=resume)
             return False
@@ -85,10 +86,22 @@ def clear(workspace: Path) -> int:
         return count
 
 
-def stop(folder: Path, request: runs.Request = "stop") -> None:
-    """Ask a run to stop or pause; one that only waits leaves the queue instead."""
-    if not remove(runs.workspace_of(folder), folder.name):
-        runs.ask(folder, request)
+def stop(folder: Path, request: runs.Request = "stop") -> bool:
+    """Ask a run to stop or pause; one in the queue leaves it instead. Says whether a process was asked.
+
+    Raises UserError for a run that neither runs nor waits.
+    """
+    if remove(runs.workspace_of(folder), folder.name):
+        return False
+    runs.check_running(folder, or_queued=True)
+    runs.ask(folder, request)
+    return True
+
+
+def ask_sample(folder: Path) -> None:
+    """Ask a run for sample images now. Raises UserError for a run that is not running."""
+    runs.check_running(folder)
+    runs.ask(folder, "sample")
 
 
 @contextmanager
@@ -109,7 +122,7 @@ def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
     wanted = {}
     for one in list(line):
         try:
-            wanted[one] = _devices_of(workspace / "runs" / one.run)
+            wanted[one] = runs.devices_of(workspace / "runs" / one.run)
         except UserError as error:  # its folder is gone or broken, or its device: it cannot hold up the others
             line.remove(one)
             _tell(workspace / "runs" / one.run, error)
@@ -125,24 +138,11 @@ def _start_what_can(workspace: Path, line: list[Waiting]) -> list[str]:
             continue
         line.remove(one)
         folder = workspace / "runs" / one.run
-        if not runs.has_worker(folder):
-            worker.launch(folder, resume=one.resume)
-            started.append(one.run)
+        with suppress(NothingToDo):  # it was finished elsewhere while it waited
+            if not runs.has_worker(folder):
+                worker.launch(folder, resume=one.resume)
+                started.append(one.run)
     return started
-
-
-def _devices_of(folder: Path) -> frozenset[str]:
-    """The devices that a run wants, read again when its settings have changed."""
-    try:
-        age = (folder / "config.toml").stat().st_mtime_ns
-    except FileNotFoundError:
-        age = 0
-    return _devices_at(folder, age)
-
-
-@lru_cache(maxsize=1024)
-def _devices_at(folder: Path, age: int) -> frozenset[str]:
-    return frozenset(worker.devices_of(runs.read_config(folder)))
 
 
 def _tell(folder: Path, error: UserError) -> None:
@@ -153,7 +153,9 @@ def _tell(folder: Path, error: UserError) -> None:
 
 def _busy_devices(workspace: Path) -> set[str]:
     """Devices of this workspace's live runs: a worker that was just launched does not hold its lock yet."""
-    return {device for folder in runs.list_runs(workspace) if runs.has_worker(folder) for device in _devices_of(folder)}
+    return {
+        device for folder in runs.list_runs(workspace) if runs.has_worker(folder) for device in runs.devices_of(folder)
+    }
 
 
 # --- the dispatcher --------------------------------------------------------------------------------------------------

@@ -9,21 +9,24 @@ import socket
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
 
 from reparam_diffusion.config import TrainConfig, adapter_name, choose_seeds, read_settings, settle, to_toml
 from reparam_diffusion.data.masks import ALPHA, BESIDE
-from reparam_diffusion.errors import UserError
+from reparam_diffusion.errors import NothingToDo, UserError
 from reparam_diffusion.events import Event, Failed, Finished, Launched, Lost, Paused, Stopped, from_json
 from reparam_diffusion.files import new_folder, write_whole
 from reparam_diffusion.gallery.shelf import locate, make_slug
+from reparam_diffusion.jobs import locks
+from reparam_diffusion.jobs.event_log import EventLog
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
-from reparam_diffusion.training.check import check_settings
+from reparam_diffusion.training.check import check_model, check_settings
 
 __all__ = [
     "EventLog",
@@ -31,8 +34,12 @@ __all__ = [
     "RunState",
     "ask",
     "asked",
+    "check_not_queued",
+    "check_running",
+    "check_unfinished",
     "clear_requests",
     "create_run",
+    "devices_of",
     "has_ended",
     "has_worker",
     "is_starting",
@@ -58,6 +65,7 @@ def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) 
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
     check_settings(config)
     config = choose_seeds(_with_absolute_paths(with_start(config, workspace)))
+    check_model(config)
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))
@@ -157,34 +165,6 @@ def read_queue(workspace: Path) -> dict[str, bool]:
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
-class EventLog:
-    """Appends to a run's events.jsonl: one write call a line, so that a reader never sees two lines mixed."""
-
-    def __init__(self, folder: Path) -> None:
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-        self._fd = os.open(folder / "events.jsonl", flags, 0o644)
-        if _ends_torn(folder / "events.jsonl"):
-            os.write(self._fd, b"\n")  # a killed worker's half line must not swallow our first one
-
-    def append(self, event: Event) -> None:
-        """Write one event."""
-        os.write(self._fd, event.to_json().encode() + b"\n")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
-
-
-def _ends_torn(file: Path) -> bool:
-    with file.open("rb") as lines:
-        if lines.seek(0, os.SEEK_END) == 0:
-            return False
-        lines.seek(-1, os.SEEK_END)
-        return lines.read(1) != b"\n"
-
-
 def read_events(folder: Path, offset: int = 0) -> tuple[list[Event], int]:
     """The events after a byte offset, and the offset to go on from. A torn last line is left for the next time."""
     try:
@@ -238,7 +218,8 @@ class Follower:
         line = list(read_queue(workspace_of(self.folder)))
         if self.folder.name not in line:
             return state
-        return replace(state, state="queued", place=line.index(self.folder.name) + 1, message="")
+        place = line.index(self.folder.name) + 1
+        return replace(state, state="queued", place=place, message="", waiting_for=_holders(self.folder) or None)
 
     def _read(self) -> None:
         file = self.folder / "events.jsonl"
@@ -247,6 +228,31 @@ class Follower:
         new, self._offset = read_events(self.folder, self._offset)
         for event in new:
             self._fold.feed(event)
+
+
+def devices_of(folder: Path) -> frozenset[str]:
+    """The devices that a run wants, read again when its settings have changed."""
+    try:
+        age = (folder / "config.toml").stat().st_mtime_ns
+    except FileNotFoundError:
+        age = 0
+    return _devices_at(folder, age)
+
+
+@lru_cache(maxsize=1024)
+def _devices_at(folder: Path, age: int) -> frozenset[str]:
+    return frozenset(locks.devices_of(read_config(folder)))
+
+
+def _holders(folder: Path) -> str:
+    """The processes that hold the devices of a run in the queue, in words; "" where they are free."""
+    try:
+        wanted = sorted(devices_of(folder))
+    except UserError:  # its settings are damaged; the queue says so at its turn
+        return ""
+    workspace = workspace_of(folder)
+    named = (locks.describe_holder(locks.device_lock(device), workspace) for device in wanted)
+    return ", ".join(dict.fromkeys(filter(None, named)))
 
 
 def _waits(note: RayNote, last: Event | None) -> bool:
@@ -262,6 +268,39 @@ def has_worker(folder: Path) -> bool:
 def has_ended(folder: Path) -> bool:
     """Whether a run's last word says that it has ended, and how."""
     return isinstance(_last_event(folder), Finished | Stopped | Paused | Failed | Lost)
+
+
+def check_unfinished(folder: Path) -> None:
+    """Raise NothingToDo for a run that has done all of its steps: a finished run stays finished."""
+    if not isinstance(_last_event(folder), Finished | Failed | Launched):
+        return
+    fold = Fold()
+    for event in read_events(folder)[0]:
+        fold.feed(event)
+    if isinstance(fold.last, Finished) and read_config(folder).training.steps <= fold.last.step:
+        raise NothingToDo(
+            f"The run {folder.name} is finished.",
+            f"It has done all {fold.last.step} steps.",
+            "To train longer, start a new run that continues from its adapter.",
+        )
+
+
+def check_running(folder: Path, *, or_queued: bool = False) -> None:
+    """Raise UserError for a run that is not running and so cannot be asked for anything."""
+    state = state_of(folder).state
+    if state != "running" and not (or_queued and state == "queued"):
+        raise UserError(f"The run {folder.name} is not running.", f"It is {state}.")
+
+
+def check_not_queued(folder: Path) -> None:
+    """Raise UserError for a run that is in its workspace's queue."""
+    line = list(read_queue(workspace_of(folder)))
+    if folder.name in line:
+        raise UserError(
+            f"The run {folder.name} is in the queue already.",
+            f"Its place is {line.index(folder.name) + 1} of {len(line)}.",
+            "It starts by itself; to start it here, take it out of the queue first (stop).",
+        )
 
 
 def _last_event(folder: Path) -> Event | None:

@@ -72,6 +72,8 @@ class RequestState:
     warnings: tuple[str, ...] = ()
     message: str = ""
     seconds: float = 0.0
+    waiting_for: str = ""
+    """The process that holds the device, in words, while the request waits for it."""
 
     @property
     def is_live(self) -> bool:
@@ -245,6 +247,7 @@ def _folded(events: Sequence[e.Event], workspace: Path) -> RequestState:
             case e.Prepared():
                 state = "waiting" if event.phase == WAITING else "drawing"
                 values |= {"state": state, "phase": event.phase, "done": event.done, "total": event.total}
+                values["waiting_for"] = event.waiting_for
             case e.Drawn(sheet=True):
                 values["sheet"] = workspace / event.path
             case e.Drawn():

@@ -161,11 +161,13 @@ def _drawn(folder: Path, kept: Studio, log: runs.EventLog) -> Iterator[bool]:
 
     while len(drawn) < len(request.recipes) and not is_over():
         with ExitStack() as held:
-            if studio.is_asked(folder, "ahead") or held.enter_context(locks.try_hold(lock, patience=0.1)):
+            if studio.is_asked(folder, "ahead") or held.enter_context(
+                locks.try_hold(lock, patience=0.1, holder=locks.Holder("image generation", str(kept.workspace)))
+            ):
                 drawn += _next_pictures(folder, kept, log, request, first=len(drawn), is_over=is_over)
                 got_on = True
             else:
-                log.append(e.Prepared(studio.WAITING, 0, 0))
+                log.append(e.Prepared(studio.WAITING, 0, 0, locks.describe_holder(lock, kept.workspace)))
                 got_on = False
         yield got_on
         while not got_on and locks.is_held(lock) and not (studio.is_asked(folder, "ahead") or is_over()):

@@ -16,14 +16,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import IO, Protocol
 
 import psutil  # type: ignore[import-untyped]  # it ships no types
-import torch
+from filelock import FileLock
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig, adapter_name
@@ -31,14 +31,24 @@ from reparam_diffusion.data.sets import sources_of
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.gallery import of_run
 from reparam_diffusion.jobs import launchers, locks, runs
+from reparam_diffusion.jobs.causes import find_cause, leave_cause
 from reparam_diffusion.jobs.fold import WAITING
 from reparam_diffusion.jobs.ray_note import read_note
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import is_out_of_memory
-from reparam_diffusion.training.processes import Processes, are_many, is_first, join_processes, leave_processes, rank_of
+from reparam_diffusion.training.processes import (
+    PeerLost,
+    Processes,
+    are_many,
+    is_first,
+    join_processes,
+    leave_processes,
+    rank_of,
+)
 
 MODULE = "reparam_diffusion.jobs.worker"
 LOOK_AGAIN = 0.5  # seconds between two tries for the device
+INSTANT = 0.2  # seconds for which a process that only looks may hold a lock
 
 
 class Train(Protocol):
@@ -54,7 +64,8 @@ def work(
 ) -> Iterator[e.Event]:
     """Train the run in `folder` and yield its events, each written to events.jsonl first. Errors come as Failed.
 
-    Raises UserError before the first event when another process works on the run. Requests left from before are
+    Raises UserError before the first event when another process works on the run, and NothingToDo when the run is
+    finished. Requests left from before are
     forgotten unless `keep_requests`. `train` stands in for the loop in tests. A process beside the first yields nothing
     but its failure.
     """
@@ -64,14 +75,22 @@ def work(
         yield from _work_along(config, folder, resume=resume, train=train)
         return
     with locks.hold_run(folder), heeded_signals() as signalled, runs.EventLog(folder) as log:
+        runs.check_unfinished(folder)
         if not keep_requests:
             runs.clear_requests(folder)
 
         def stop() -> str:
             return signalled() or runs.asked(folder) or runs.take_sample(folder)
 
+        log.reserve()
         for event in _told(config, folder, stop, resume=resume, train=train):
-            log.append(event)
+            try:
+                log.append(event)
+            except OSError as error:  # the disk is full: the last checkpoint is whole
+                failed = _explained(error, folder)
+                log.append_last(failed)
+                yield failed
+                break
             yield event
         runs.clear_requests(folder)
     leave_processes()
@@ -103,15 +122,17 @@ def _told(
     """The run's events; whatever goes wrong is the last of them."""
     try:
         yield from _on_device(config, folder, stop, resume=resume, train=train)
+    except PeerLost as error:
+        yield find_cause(folder) or e.Failed(error.what, error.why, error.do)
     except UserError as error:
-        yield e.Failed(error.what, error.why, error.do)
+        yield leave_cause(folder, e.Failed(error.what, error.why, error.do))
     except Exception as error:  # The worker's door: nobody else is left to tell, and the run must not end in silence.
         if is_first():
             with runs.log_file(folder).open("a", encoding="utf-8") as log:
                 traceback.print_exception(error, file=log)
         else:
             traceback.print_exception(error)
-        yield _explained(error, folder)
+        yield leave_cause(folder, _explained(error, folder))
 
 
 def _on_device(
@@ -124,20 +145,19 @@ def _on_device(
     with ExitStack() as held:
         if not processes.is_main:
             held.enter_context(heeded_signals())  # a signal to all is the first one's to heed
-        has_said = False
+        waiting = _hold_devices(wanted, folder, processes)
         while True:
-            with ExitStack() as tried:
-                if processes.have_all(tried.enter_context(locks.try_hold_all(wanted))):
-                    held.push(tried.pop_all())
-                    break
-            if not has_said:
-                yield e.Prepared(WAITING, 0, 1)
-                has_said = True
+            try:
+                said = next(waiting)
+            except StopIteration as end:
+                held.push(end.value)
+                break
+            if said:
+                yield e.Prepared(WAITING, 0, 1, said)
             request = processes.agree(stop())
             if request in ("stop", "pause"):
                 yield e.Paused(last) if request == "pause" else e.Stopped(last, "")
                 return
-            time.sleep(LOOK_AGAIN)
         if train is None:
             from reparam_diffusion.training.loop import train as loop
 
@@ -151,35 +171,31 @@ def _on_device(
             yield event
 
 
-def device_of(config: TrainConfig) -> str:
-    """The name under which the run's device, the first of several, is locked."""
-    return locks.device_name(config.model.device)
+def _hold_devices(wanted: list[Path], folder: Path, processes: Processes) -> Generator[str, None, ExitStack]:
+    """Wait until all processes hold their devices. Yields between two tries, with words whenever the reason changes.
 
-
-def devices_of(config: TrainConfig) -> list[str]:
-    """The names of all devices of this machine that the run will lock; none where Ray gives them out."""
-    launch = config.launch
-    if launch.launcher == "ray":
-        return []
-    first = device_of(config)
-    count = launch.processes
-    if launch.launcher == "accelerate" and count == 1:  # then what was answered to `accelerate config` counts
-        count = torch.cuda.device_count()
-    return _several(first, count)
+    Returns what lets go of the devices.
+    """
+    workspace = runs.workspace_of(folder)
+    said, patience = "", INSTANT
+    while True:
+        with ExitStack() as tried:
+            holder = locks.Holder(f"run {folder.name}", str(workspace))
+            got = tried.enter_context(locks.try_hold_all(wanted, patience=patience, holder=holder))
+            if processes.have_all(got):
+                return tried.pop_all()
+        holders = [] if got else [locks.describe_holder(lock, workspace) for lock in wanted]
+        reason = ", ".join(dict.fromkeys(filter(None, holders))) or ("other processes of this run" if got else said)
+        yield "" if reason == said else reason
+        said, patience = reason, 0.0
+        time.sleep(LOOK_AGAIN)
 
 
 def _own_devices(config: TrainConfig, processes: Processes) -> list[str]:
     """Which devices this process locks: the first of a machine those of all its processes, the others none."""
     if config.launch.launcher == "ray" or processes.local_rank:
         return []
-    return _several(device_of(config), processes.local_ranks)
-
-
-def _several(first: str, count: int) -> list[str]:
-    """The names of the devices of so many processes: a GPU each, or the one processor for all."""
-    if count < 2 or not first.startswith("cuda"):
-        return [first]
-    return [locks.device_name(f"cuda:{number}") for number in range(count)]
+    return locks.several_devices(locks.device_of(config), processes.local_ranks)
 
 
 def _shelved(config: TrainConfig, folder: Path, file: Path, preview: Path | None, *, step: int) -> e.Event:
@@ -210,7 +226,11 @@ def _explained(error: Exception, folder: Path) -> e.Failed:
             "Choose your graphics card's settings, gradient checkpointing, batch 1, or a smaller resolution or rank.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return e.Failed("The disk is full.", f"There is no room left for {folder}.", "Make room, then resume the run.")
+        return e.Failed(
+            "The disk is full.",
+            f"Nothing more fits into {folder}.",
+            "Free some space and resume; the last checkpoint is whole.",
+        )
     return e.Failed(
         "The training broke off through a mistake of ours.",
         re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}".splitlines()[0])[:300],
@@ -247,14 +267,16 @@ def launch(folder: Path, *, resume: bool = False) -> int:
     """
     folder = folder.resolve()
     config = runs.read_config(folder)
-    if runs.has_worker(folder):
-        raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
-    runs.clear_requests(folder)
-    command = launchers.command_of(config.launch, MODULE, arguments_of(folder, resume=resume))
-    with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
-        process = start_detached(command, log, share=config.launch.processes)
-        events.append(e.Launched(process.pid, str(folder)))
-    return process.pid
+    with FileLock(folder / ".launch.lock", thread_local=False):  # of two that launch it at once, one does
+        if runs.has_worker(folder):
+            raise UserError(f"The run {folder.name} is being worked on already.", do="Wait for it, or stop it first.")
+        runs.check_unfinished(folder)
+        runs.clear_requests(folder)
+        command = launchers.command_of(config.launch, MODULE, arguments_of(folder, resume=resume))
+        with runs.log_file(folder).open("ab") as log, runs.EventLog(folder) as events:
+            process = start_detached(command, log, share=config.launch.processes)
+            events.append(e.Launched(process.pid, str(folder)))
+        return process.pid
 
 
 def arguments_of(folder: Path, *, resume: bool) -> list[str]:

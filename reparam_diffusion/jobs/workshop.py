@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from reparam_diffusion.errors import UserError
-from reparam_diffusion.files import new_folder, write_whole
+from reparam_diffusion.files import new_folder, require_writable, sweep_workspace, write_whole
 from reparam_diffusion.jobs import locks, worker
 
 MODULE = "reparam_diffusion.jobs.workshop"
@@ -48,6 +48,8 @@ def submit(workspace: Path, arguments: Sequence[str], *, now: datetime.datetime)
     """Start a command of the command line on adapter files; gives the folder that tells how it goes."""
     if not arguments or arguments[0] not in COMMANDS:
         raise UserError(f"{arguments[0] if arguments else 'Nothing'} is no work for the workshop.")
+    require_writable(workspace / "workshop")
+    sweep_workspace(workspace)
     folder = new_folder(workspace.resolve() / "workshop", f"{now:%Y%m%d-%H%M%S}-{arguments[0]}")
     write_whole(folder / "request.json", json.dumps(list(arguments)))
     with (folder / "log.txt").open("ab") as log:
@@ -126,10 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             child = subprocess.Popen(
                 [sys.executable, "-m", "reparam_diffusion", *command], stdout=said, stderr=progress, env=environment
             )
-            while child.poll() is None:
-                if (folder / "cancel").exists():
-                    child.terminate()
-                time.sleep(LOOK_AGAIN)
+            with worker.heeded_signals() as signalled:
+                while child.poll() is None:
+                    if (folder / "cancel").exists() or signalled():
+                        child.terminate()
+                    time.sleep(LOOK_AGAIN)
         write_whole(folder / "ended.json", json.dumps({"code": child.returncode}))
     return 0
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reparam_diffusion.models.finite import require_image
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.room import free_on
 from reparam_diffusion.models.tiles import tile_side, tiled
@@ -23,7 +24,8 @@ _LOOK_ON_GPU = 64
 def decode(model: Model, latents: Tensor, *, room: int | None = None) -> list[Image]:
     """Latents to pictures in the VAE's own number format, which the pipelines do not always do.
 
-    In tiles where a whole picture needs more than `room` bytes (None: what is free on the device).
+    In tiles where a whole picture needs more than `room` bytes (None: what is free on the device). Raises UserError
+    where the values are NaN or infinity.
     """
     from diffusers.image_processor import VaeImageProcessor
 
@@ -36,7 +38,9 @@ def decode(model: Model, latents: Tensor, *, room: int | None = None) -> list[Im
         with tiled(model.vae, side):
             # one by one: it is the largest part
             decoded = [model.vae.decode(one[None], return_dict=False)[0] for one in latents]
-    pictures: list[Image] = VaeImageProcessor().postprocess(torch.cat(decoded), output_type="pil")
+    images = torch.cat(decoded)
+    require_image(model, latents, images)
+    pictures: list[Image] = VaeImageProcessor().postprocess(images, output_type="pil")
     return pictures
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.checkpoint import read_header
 from reparam_diffusion.models.eightbit import to_8bit
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.parts import empty_parts, make_scheduler, read_json, shape_key
@@ -77,6 +79,24 @@ def outline_vae(path: str) -> Any:
     with quiet(), torch.device("meta"):
         vae = AutoencoderKL.from_config(read_json(file))
     return vae.requires_grad_(False).eval()
+
+
+def check_vae(path: str) -> None:
+    """Raise UserError, at model.vae, for a VAE that is not there or is none. Empty: the model's own."""
+    if not path:
+        return
+    home = Path(path).expanduser()
+    what, place = f'There is no VAE at "{path}".', "model.vae"
+    if home.is_dir():
+        if not any((home / name).is_file() for name in ("vae/config.json", "config.json")):
+            raise UserError(what, "The folder has no config.json.", "Give a VAE's folder or file.", place=place)
+        return
+    if not home.is_file():
+        raise UserError(what, do="Check the path, or leave it empty for the model's own.", place=place)
+    try:
+        read_header(home)
+    except UserError as error:
+        raise UserError(error.what, error.why, error.do, place=place) from None
 
 
 class _Blank:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import platform
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from reparam_diffusion.files import beside
+from reparam_diffusion.files import beside, cache_file
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,11 +84,6 @@ def faster_on_cpu(unet: Any) -> torch.dtype:
 def measured_formats() -> dict[str, str]:
     """The faster format of each UNet that was measured on this processor with this torch."""
     return {key: name for key, name in _kept().items() if key.startswith(_here())}
-
-
-def cache_file(name: str) -> Path:
-    """A file in the user's cache folder, where what was measured on this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reparam-diffusion" / name
 
 
 def _here() -> str:

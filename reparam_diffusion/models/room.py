@@ -12,6 +12,17 @@ import torch
 
 KEPT_FREE = 700_000_000
 """What the desktop, the driver and other programs have of a device's memory, in bytes."""
+_SPENT = (
+    "out of memory",  # CUDA, HIP and "MPS backend out of memory"
+    "can't allocate memory",  # "DefaultCPUAllocator: can't allocate memory: you tried to allocate … bytes"
+    "cannot allocate memory",  # the system's own words (ENOMEM)
+    "not enough memory",  # "DefaultCPUAllocator: not enough memory" (Windows)
+    "failed to allocate",  # cuBLAS, oneDNN
+    "could not allocate",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
+    "std::bad_alloc",
+    "invalid buffer size",  # MPS: a single tensor larger than the device takes
+)
 
 
 def memory_of(device: torch.device) -> int:
@@ -34,9 +45,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        words in text for words in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+    return isinstance(error, RuntimeError) and any(words in text for words in _SPENT)
+
+
+def empty_cache() -> None:
+    """Return what torch keeps in reserve on a GPU to the system: CUDA's and Apple's."""
+    give_back()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def give_back() -> None:

@@ -15,7 +15,7 @@ from reparam_diffusion.models.encode import Encoded
 from reparam_diffusion.models.habits import DENOISE
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.pipeline import pipeline_over
-from reparam_diffusion.models.room import give_back
+from reparam_diffusion.models.room import empty_cache, give_back, is_out_of_memory
 from reparam_diffusion.models.schedulers import down_to_noise, make_scheduler
 from reparam_diffusion.models.start import Starter, fitting_size, make_start
 from reparam_diffusion.models.weighted import encode_prompts
@@ -133,8 +133,8 @@ def _sparing(
             chunk = seeds[done : done + room]
             try:
                 out = latents(chunk)
-            except torch.OutOfMemoryError:
-                if is_sliced:
+            except (RuntimeError, MemoryError) as error:
+                if is_sliced or not is_out_of_memory(error):
                     raise
                 out = None  # outside the handler nothing holds what was being computed
             if out is None:
@@ -142,8 +142,7 @@ def _sparing(
                 if not room:
                     is_sliced, room = True, 1
                     pipe.enable_attention_slicing()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                empty_cache()
                 continue
             done += len(chunk)
             yield out

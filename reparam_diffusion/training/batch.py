@@ -15,6 +15,7 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.maths.chance import Draw, generator
 from reparam_diffusion.models.encode import Encoded, encode, time_ids
 from reparam_diffusion.models.load import Model
+from reparam_diffusion.training.class_images import class_number
 from reparam_diffusion.training.objective import Noised
 from reparam_diffusion.training.prepare import at_size, text_encoder
 from reparam_diffusion.training.setup import Setup
@@ -58,8 +59,7 @@ def samples_at(setup: Setup, step: int, micro: int) -> list[Sample]:
     if material.class_items:
         size = samples[0].item.size
         for one in drawn:
-            chance = generator(training.seed, step, one.index, "class")
-            number = int(torch.randint(len(material.class_items), (1,), generator=chance))
+            number = class_number(training.seed, step, one.index, len(material.class_items))
             item = at_size(material.class_items[number], size)
             samples.append(Sample(item, one.index + _CLASS_INDEX, False, item.caption, setup.config.prior.weight))
     return samples

@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from reparam_diffusion.config import TrainConfig
+from reparam_diffusion.data.masks import ALPHA, BESIDE
+from reparam_diffusion.data.sets import sources_of
+from reparam_diffusion.data.source_files import files_of
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.models.outline import check_vae, outline
 from reparam_diffusion.models.parts import make_scheduler
 from reparam_diffusion.models.schedulers import down_to_noise
 from reparam_diffusion.models.source import find_source
@@ -20,6 +24,7 @@ def check_settings(config: TrainConfig) -> None:
     _check_model(config.model.path)
     check_optimizer(config)
     check_trigger(config)
+    check_vae(config.model.vae)
     _check_noise(config)
     if config.model.block_offload and config.training.compile:
         raise UserError(
@@ -58,6 +63,38 @@ def _check_model(path: str) -> None:
     """Whether a base model that is named by a path is there; a hub id is asked for in its run."""
     if path.count("/") != 1 or path.startswith((".", "/", "~")) or Path(path).exists():
         find_source(path, fetch=False)
+
+
+def check_model(config: TrainConfig) -> None:
+    """Raise UserError, at its setting, where the base model is not there or does not go with the run's settings.
+
+    Of a hub id the configuration is fetched, a few kilobytes, as the run would do.
+    """
+    from reparam_diffusion.training.learner import plan_run
+
+    try:
+        model = outline(config.model.path, fetch=True)
+    except UserError as error:
+        raise UserError(error.what, error.why, error.do, place=error.place or "model.path") from None
+    start = config.training.start_from
+    if start and not Path(start).expanduser().exists():
+        raise UserError(f"There is no adapter at {start}.", do="Check the path.", place="training.start_from")
+    plan_run(model, config)
+
+
+def check_images(config: TrainConfig) -> None:
+    """Raise UserError, at its setting, for images or masks that are not there, by their names alone."""
+    if not config.data.images:
+        raise UserError("No images were given.", do="Set data.images to a folder of images.", place="data.images")
+    for source in sources_of(config.data):
+        try:
+            files_of(source.images)
+        except UserError as error:
+            raise UserError(error.what, error.why, error.do, place=f"{source.place}.images") from None
+        if source.masks not in ("", ALPHA, BESIDE) and not Path(source.masks).expanduser().is_dir():
+            raise UserError(
+                f"There is no folder of masks at {source.masks}.", do="Check the path.", place=f"{source.place}.masks"
+            )
 
 
 def _check_noise(config: TrainConfig) -> None:

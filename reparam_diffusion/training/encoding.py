@@ -14,7 +14,7 @@ from reparam_diffusion.data.dataset import Item
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.models.ledger import bytes_of
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.room import KEPT_FREE, give_back, memory_of
+from reparam_diffusion.models.room import KEPT_FREE, empty_cache, memory_of
 from reparam_diffusion.models.tiles import SIDES, tile_side, tiled
 
 Size = tuple[int, int]
@@ -54,9 +54,7 @@ class Latents:
 
         Raises UserError where there is none.
         """
-        give_back()
-        if self._model.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache()
         largest = max(max(size) for size in sizes)
         smaller = [side for side in SIDES if side < (self.tile or largest)]
         if not smaller:

@@ -6,22 +6,24 @@ Everything here is read: the model's configuration, what was measured before, wh
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from reparam_diffusion.config import TrainConfig
-from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT
+from reparam_diffusion.data.buckets import Size
+from reparam_diffusion.data.images import sides_of
 from reparam_diffusion.data.sets import count_further, sources_of
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.outline import outline, shape_of
+from reparam_diffusion.models.outline import check_vae, outline, shape_of
 from reparam_diffusion.models.precision import pick_device
 from reparam_diffusion.models.room import memory_of
 from reparam_diffusion.targets import count_parameters, file_bytes
 from reparam_diffusion.training.batch import text_is_live
 from reparam_diffusion.training.cards import advise, room_on
+from reparam_diffusion.training.class_images import expect_class_latents, held_out_of
 from reparam_diffusion.training.embedding import count_vectors
 from reparam_diffusion.training.estimate_pace import Book, Pace, Piece, Unit, machine_name, pieces_of
 from reparam_diffusion.training.learner import plan_run
@@ -104,11 +106,15 @@ class Cost:
         return lines
 
 
-def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int) -> Cost:
+def cost_of(
+    config: TrainConfig, *, pictures: int, workspace: Path, threads: int, sides: Sequence[Size] | None = None
+) -> Cost:
     """What a run with so many pictures in its main set will cost, as far as it is known. Reads small files only.
 
-    `threads` are the processor threads the run will have. Raises UserError for a model that cannot be read.
+    `threads` are the processor threads the run will have, `sides` the width and height of each of those images where
+    they are known. Raises UserError for a model or a VAE that cannot be read.
     """
+    check_vae(config.model.vae)
     model = outline(config.model.path)
     device = pick_device(config.model.device)
     key = shape_of(config.model.path)
@@ -116,7 +122,7 @@ def cost_of(config: TrainConfig, *, pictures: int, workspace: Path, threads: int
     book = Book()
     left = class_pictures_left(model, config, workspace)
     pieces = pieces_of(model, key, config, machine_name(device, threads))
-    counts = work_of(model, config, pictures=pictures, class_pictures=left)
+    counts = work_of(model, config, pictures=pictures, class_pictures=left, sides=sides)
     vectors = count_vectors(model, config)
     notes = sorted({note for site in sites if (note := getattr(site.plan, "note", ""))})
     notes += notes_on(config)
@@ -161,19 +167,38 @@ def memory_piece(shape: str, config: TrainConfig, device: torch.device) -> Piece
     return Piece("peak bytes", f"{shape}, {place}, torch {torch.__version__}", json.dumps(settings))
 
 
-def work_of(model: Model, config: TrainConfig, *, pictures: int, class_pictures: int) -> dict[Unit, int]:
-    """How often each piece of work comes in a run with so many pictures in its main set; further sets are counted."""
+def work_of(
+    model: Model, config: TrainConfig, *, pictures: int, class_pictures: int, sides: Sequence[Size] | None = None
+) -> dict[Unit, int]:
+    """How often each piece of work comes in a run with so many pictures in its main set; further sets are counted.
+
+    Without `sides`, the width and height of each of them, they are reckoned with as square.
+    """
     data, training, output = config.data, config.training, config.output
     counts = [pictures, *count_further(data)]
     mirrored = sum(count for count, source in zip(counts, sources_of(data), strict=True) if source.flip)
     pictures = sum(counts)
-    held_out = pictures // LEAST_FOR_HELD_OUT if data.held_out < 0 else min(data.held_out, pictures // 4)
+    held_out = min(held_out_of(data, pictures), pictures // 4)
     class_items = config.prior.images if config.prior.weight else 0
+    square = (model.size, model.size)
+    class_latents = (
+        expect_class_latents(
+            data,
+            training,
+            [[square] * counts[0] if sides is None else sides, *(sides_of(one.images) for one in sources_of(data)[1:])],
+            count=class_items,
+            ranks=config.launch.processes,
+            resolution=data.resolution or model.size,
+            step=model.size_step,
+        )
+        if class_items and pictures
+        else 0
+    )
     looks = 1 + _times(training.steps, output.validate_every or max(training.steps // 10, 1))
     is_cached = not text_is_live(config)
     return {
         "loading": 1,
-        "latents": pictures + mirrored + class_items,
+        "latents": pictures + mirrored + class_latents,
         "captions": 1 + pictures + min(class_items, max(len(model.habits.backgrounds), 1)) if is_cached else 0,
         "class picture": class_pictures,
         "preview": len(preview_prompts(model, config, [])) * (1 + _times(training.steps, output.sample_every)),

@@ -18,9 +18,9 @@ import torch
 
 from reparam_diffusion import events as e
 from reparam_diffusion.config import TrainConfig
-from reparam_diffusion.files import beside
+from reparam_diffusion.files import beside, cache_file
 from reparam_diffusion.models.load import Model
-from reparam_diffusion.models.precision import cache_file, processor_name
+from reparam_diffusion.models.precision import processor_name
 
 Unit = Literal["loading", "latents", "captions", "class picture", "preview", "step", "fixed-noise loss", "checkpoint"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from reparam_diffusion import __version__
 from reparam_diffusion.config import adapter_name, to_toml
@@ -41,6 +42,15 @@ def write_finished(
             words=[] if learner.word is None else [learner.word],
         )
     return name
+
+
+def steps_of(file: Path) -> int | None:
+    """How many steps the adapter in a file was trained for, by its header; None where it says nothing."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return int((opened.metadata() or {})["ss_steps"])
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
 
 
 def training_facts(setup: Setup, learner: Learner, step: int) -> TrainingFacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -81,8 +81,17 @@ class Learner:
         self.injection: Injection = attach(model.parts, self.adapters, device=model.device)
         self.word = word
         self._model = model
-        if word is not None:
-            add_words(model, [word])
+        with ExitStack() as undo:  # after an error the model is as it was
+            undo.callback(self.injection.remove)
+            if word is not None:
+                add_words(model, [word])
+                undo.callback(take_words, model, [word])
+            self._begin()
+            undo.pop_all()
+
+    def _begin(self) -> None:
+        """Optimizer, schedule, moving average and scaler over what is learned."""
+        model, config, training = self._model, self.config, self.config.training
         learned = self._by_part()
         self.parameters = [parameter for part in learned.values() for parameter in part]
         self.optimizer = make_optimizer(training, learned, embedding_rate=config.embedding.learning_rate)
@@ -148,10 +157,7 @@ class Learner:
             return None
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        for name, adapters in self.by_method.items():
-            after = METHODS[name].after_step
-            if after is not None:
-                after(adapters, step, training.steps)
+        self._after_step(step)
         if self.average is not None:
             self.average.step(self.parameters)
         self.optimizer.zero_grad(set_to_none=True)
@@ -169,6 +175,14 @@ class Learner:
         self.scaler.step(self.optimizer)  # sees the overflow and leaves the weights alone
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self._after_step(step)  # without gradients: what is due at this step (AdaLoRA's final ranks) is still done
+
+    def _after_step(self, step: int) -> None:
+        """The methods' own work after a step."""
+        for name, adapters in self.by_method.items():
+            after = METHODS[name].after_step
+            if after is not None:
+                after(adapters, step, self.config.training.steps)
 
     def check_gradients(self) -> None:
         """After the first backward: every site must have been reached. Raises UserError naming those that were not."""

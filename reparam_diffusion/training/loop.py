@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from reparam_diffusion.config import TrainConfig, choose_seeds, read_settings, settle, to_toml
+from reparam_diffusion.data.folder_layout import expand_folders
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.events import (
     Event,
@@ -36,9 +37,9 @@ from reparam_diffusion.models.room import give_back
 from reparam_diffusion.models.words import Word, spoken
 from reparam_diffusion.targets import SitePlan, file_bytes
 from reparam_diffusion.training.batch import draw_of, loss_of, samples_at, text_is_live
-from reparam_diffusion.training.check import check_settings
+from reparam_diffusion.training.check import check_images, check_model, check_settings
 from reparam_diffusion.training.embedding import check_captions, new_word
-from reparam_diffusion.training.facts import ADAPTER, write_finished
+from reparam_diffusion.training.facts import ADAPTER, steps_of, write_finished
 from reparam_diffusion.training.learner import Learner, plan_run
 from reparam_diffusion.training.measure import fixed_noise_loss, save_preview
 from reparam_diffusion.training.objective import Objective
@@ -69,14 +70,21 @@ def train(
 ) -> Iterator[Event]:
     """Train one adapter into `folder` (a new one under workspace/runs by default), yielding what happens.
 
-    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint.
+    Ends with Finished, Stopped or Paused, or raises UserError. `resume` goes on from the folder's last checkpoint; a
+    finished run stays as it is, with a warning that there was nothing to do.
     """
+    begun = time.time()
+    config, notes = _check_config(config)
     folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
-    begun = time.time()
+    yield from (Warned(note) for note in notes)
+    if resume and steps_of(folder / ADAPTER) == config.training.steps in steps_saved(folder):
+        yield Warned(f"There is nothing to do: this run has done all {config.training.steps} steps.")
+        yield Finished(config.training.steps, ADAPTER, 0.0)
+        return
     config = _with_seeds(config, folder)
-    saved = _last_state(folder, config, resume=resume)
+    saved = yield from _last_state(folder, config, resume=resume)
     # A resumed run keeps its format.
     model, processes = load_base(config, precision=config.model.precision if saved is None else saved["precision"])
     training = config.training
@@ -114,13 +122,7 @@ def train(
             if asked == "sample":
                 yield from processes.only_main(look.draw(step - 1))
             elif asked:
-                yield from processes.only_main(look.keep(step - 1))
-                if asked == "pause":
-                    yield Paused(step - 1)
-                    return
-                path = look.finish(step - 1)
-                yield from processes.only_main(look.draw(step - 1))
-                yield Stopped(step - 1, path)
+                yield from _ended(look, processes, step - 1, asked)
                 return
             clock = time.perf_counter()
             loss = processes.mean(forward_and_backward(setup, learner, step))
@@ -140,6 +142,17 @@ def train(
     yield Finished(training.steps, path, time.time() - begun)
 
 
+def _ended(look: _Look, processes: Processes, step: int, asked: str) -> Iterator[Event]:
+    """The end that was asked for: a checkpoint, and unless it is a pause the adapter and its samples."""
+    yield from processes.only_main(look.keep(step))
+    if asked == "pause":
+        yield Paused(step)
+        return
+    path = look.finish(step)
+    yield from processes.only_main(look.draw(step))
+    yield Stopped(step, path)
+
+
 def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     """Gradients of one optimizer step over its forward passes; returns the mean loss."""
     passes = setup.config.training.accumulation
@@ -154,6 +167,16 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
         learner.scaler.scale(whole).backward()
     learner.injection.set_draw(None)
     return total
+
+
+def _check_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """The settings with folders in kohya's layout as sets, and notes on them. Raises UserError for what cannot be."""
+    data, notes = expand_folders(config.data)
+    config = config.model_copy(update={"data": data})
+    check_settings(config)
+    check_images(config)
+    check_model(config)
+    return config, list(notes)
 
 
 def _check_loss(loss: float, step: int) -> None:
@@ -201,7 +224,11 @@ class _Look:
                 for number, prompt in enumerate(self.prompts):
                     if step == 0:
                         yield Prepared("preview pictures", number, len(self.prompts))
-                    seed, path = save_preview(self.setup, prompt, number, step)
+                    try:
+                        seed, path = save_preview(self.setup, prompt, number, step)
+                    except UserError as error:  # such as NaN: the run goes on
+                        yield Warned(f'No sample of "{prompt}" at step {step}. {error}')
+                        continue
                     yield Sampled(step, prompt, seed, path)
 
     def keep(self, step: int) -> Iterator[Event]:
@@ -267,7 +294,7 @@ def _prepared(
         if said != READY:
             return None
         tile = int(theirs)
-    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile)
+    preparing = prepare(model, config, folder, text_is_live=text_is_live(config), tile=tile, ranks=processes.ranks)
     while True:
         try:
             yield next(preparing)
@@ -290,8 +317,7 @@ def _prepared(
 
 
 def _with_seeds(config: TrainConfig, folder: Path) -> TrainConfig:
-    """The settings, checked, with a number for each seed of -1: the folder's own, else a random one."""
-    check_settings(config)
+    """The settings with a number for each seed of -1: the folder's own, else a random one."""
     if -1 not in (config.training.seed, config.output.sample_seed):
         return config
     if are_many():
@@ -303,8 +329,11 @@ def _with_seeds(config: TrainConfig, folder: Path) -> TrainConfig:
     return config.model_copy(update={"training": training, "output": output})
 
 
-def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | None:
-    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint."""
+def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> Generator[Event, None, State | None]:
+    """The state to go on from; None at the beginning, also of a run that ended before its first checkpoint.
+
+    Newer checkpoints that are damaged are told.
+    """
     settings = folder / "config.toml"
     if not settings.is_file() and is_first():
         settings.write_text(to_toml(config), encoding="utf-8")
@@ -312,11 +341,19 @@ def _last_state(folder: Path, config: TrainConfig, *, resume: bool) -> State | N
         raise UserError(
             f"{folder} holds a run already.", "Its checkpoints would be mixed up.", "Resume it, or take another folder."
         )
-    if not resume or not (folder / "checkpoints").exists():
+    if not resume or not any((folder / "checkpoints").glob("[0-9]*")):
         return None
-    saved = load_checkpoint(folder)
-    if saved["step"] >= config.training.steps:
-        raise UserError("This run is finished.", f"It has done all {saved['step']} steps.", "Start a new one.")
+    saved, damaged = load_checkpoint(folder)
+    if damaged:
+        named = f"step {damaged[0]} is" if len(damaged) == 1 else f"steps {', '.join(map(str, reversed(damaged)))} are"
+        yield Warned(f"The checkpoint of {named} damaged: the run goes on from step {saved['step']}.")
+    if saved["step"] > config.training.steps:
+        raise UserError(
+            f"This run has done {saved['step']} steps.",
+            f"Its settings ask for {config.training.steps}.",
+            "Raise training.steps, or start a new run.",
+            place="training.steps",
+        )
     return saved
 
 

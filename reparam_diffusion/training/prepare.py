@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from torch import Tensor
 from reparam_diffusion.config import TrainConfig
 from reparam_diffusion.data.cache import TextCache
 from reparam_diffusion.data.captions import caption_for, fill
-from reparam_diffusion.data.check import look_over, some_of
-from reparam_diffusion.data.dataset import LEAST_FOR_HELD_OUT, Dataset, Item, Part, build_dataset
+from reparam_diffusion.data.check import look_over, note_unused_masks, some_of
+from reparam_diffusion.data.dataset import Dataset, Item, Part, build_dataset
+from reparam_diffusion.data.disk_cache import bound_cache, mark_used
 from reparam_diffusion.data.images import Picture, find_pictures
 from reparam_diffusion.data.masks import Mask, read_mask
 from reparam_diffusion.data.sets import Found, Source, find_all, sources_of
@@ -29,6 +31,7 @@ from reparam_diffusion.models.habits import unseen_backgrounds
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.models.room import is_out_of_memory
 from reparam_diffusion.models.sample import draw
+from reparam_diffusion.training.class_images import class_sizes, held_out_of
 from reparam_diffusion.training.encoding import Latents, encoding_tile, fingerprint
 
 DRAWN_AT_ONCE = 8
@@ -47,11 +50,12 @@ class Material:
 
 
 def prepare(
-    model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool, tile: int | None = None
+    model: Model, config: TrainConfig, folder: Path, *, text_is_live: bool, tile: int | None = None, ranks: int = 1
 ) -> Generator[Event, None, Material]:
     """Yields Prepared and Warned events and returns the Material (`material = yield from prepare(…)`).
 
-    `tile` is the one that pictures of this run have been encoded in; None leaves it to the memory.
+    `tile` is the one that pictures of this run have been encoded in; None leaves it to the memory. `ranks` is the
+    number of processes.
     """
     data = config.data
     if not data.images:
@@ -64,15 +68,12 @@ def prepare(
     for caption in dict.fromkeys(caption for theirs in captions for caption in theirs):
         if is_too_long(model, caption):
             yield Warned(f'This caption is longer than the model reads and is cut: "{caption[:60]}…"')
-    held_out = data.held_out
-    if held_out < 0:
-        held_out = sum(len(one.pictures) for one in found) // LEAST_FOR_HELD_OUT
     dataset = build_dataset(
         [_part(one, theirs) for one, theirs in zip(found, captions, strict=True)],
         resolution=resolution,
         step=model.size_step,
         buckets=data.buckets,
-        held_out=held_out,
+        held_out=held_out_of(data, sum(len(one.pictures) for one in found)),
         seed=config.training.seed,
     )
     masks = {
@@ -81,7 +82,7 @@ def prepare(
         if item.mask is not None
     }
     fix_pictures(folder, found)
-    cache = cache_folder(folder)
+    cache, begun = cache_folder(folder), time.time()
     class_items: tuple[Item, ...] = ()
     if config.prior.weight:
         class_items = yield from _class_pictures(model, config, cache / "class")
@@ -99,11 +100,13 @@ def prepare(
     )
     if len(dataset.held_out) < data.held_out:
         yield Warned(f"{len(dataset.held_out)} pictures are held out, not {data.held_out}: at most a quarter of them.")
-    yield from _encode_pictures(model, material)
+    shown = class_sizes(dataset, config.training, count=len(class_items), ranks=ranks)
+    yield from _encode_pictures(model, material, [at_size(class_items[number], size) for number, size in shown])
     if material.latents.trouble:
         yield Warned(material.latents.trouble)
     if not text_is_live:
         yield from _encode_texts(model, material, config.model.clip_skip)
+    bound_cache(cache, since=begun)
     return material
 
 
@@ -122,6 +125,8 @@ def _notes(
     )
     if source.masks and (whole := [p for p, mask in zip(found.pictures, found.masks, strict=True) if mask is None]):
         notes.append(f"Nothing is see-through in {some_of(whole)}: all of it is learned.")
+    if note := note_unused_masks(found.pictures, source.masks):
+        notes.append(note)
     for note in notes:
         yield Warned(f"{source.name}: {note}" if is_one_of_several else note)
 
@@ -240,6 +245,7 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     prompts, steps = about["prompts"], about["steps"]
     key = repr((fingerprint(model.unet), fingerprint(model.text_encoders[0]), prompts, steps, model.size))
     place = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    mark_used(place)
     if _json(place / "about.json") != about:  # each of several processes comes by here
         write_whole(place / "about.json", json.dumps(about, indent=1))
     for start in range(0, prior.images, DRAWN_AT_ONCE):
@@ -260,12 +266,11 @@ def _class_pictures(model: Model, config: TrainConfig, folder: Path) -> Generato
     )
 
 
-def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
-    """Fill the latent cache: every item, mirrored too where that is allowed, class pictures at every size."""
+def _encode_pictures(model: Model, material: Material, class_items: Sequence[Item]) -> Iterator[Event]:
+    """Fill the latent cache: every item, mirrored too where that is allowed, and the class images as they are shown."""
     items = [*material.dataset.train, *material.dataset.held_out]
-    sizes = {item.size for item in material.dataset.train}
     work = [(item, False) for item in items] + [(item, True) for item in items if item.flipped_ok]
-    work += [(at_size(item, size), False) for item in material.class_items for size in sizes]
+    work += [(item, False) for item in class_items]
     latents, done = material.latents, 0
     with model.using(model.vae):
         while done < len(work):
@@ -275,7 +280,7 @@ def _encode_pictures(model: Model, material: Material) -> Iterator[Event]:
                 latents.get(*work[done])
                 done += 1
                 continue
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise  # else outside the handler, where nothing holds what was being computed
             tile, done = latents.shrink([item.size for item, _ in work]), 0  # all of them in the same tiles

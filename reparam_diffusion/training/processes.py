@@ -41,8 +41,9 @@ class Processes:
         from accelerate.utils import reduce
 
         grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+        own = torch.cat([grad.flatten() for grad in grads])
         with _told():
-            flat: Tensor = reduce(torch.cat([grad.flatten() for grad in grads]), "mean")
+            flat: Tensor = reduce(own, "mean")
         start = 0
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = flat[start : start + grad.numel()].view_as(grad).clone()
@@ -130,16 +131,34 @@ def leave_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
+class PeerLost(UserError):
+    """Another process of this run has ended, so this one cannot go on."""
+
+
+_LOST = ("connection", "closed by peer", "broken pipe", "socket", "timed out", "timeout", "remote process")
+"""What torch's backends (gloo, NCCL, the store) say when the other side is gone."""
+
+
+def is_peer_lost(error: RuntimeError) -> bool:
+    """Whether an error of talking to the other processes means that one of them is gone, and not a fault here."""
+    distributed = torch.distributed
+    if isinstance(error, distributed.DistNetworkError | distributed.DistStoreError):
+        return True
+    text = str(error).lower()
+    is_backend = isinstance(error, distributed.DistError) or "gloo" in text or "nccl" in text
+    return is_backend and any(words in text for words in _LOST)
+
+
 @contextmanager
 def _told() -> Iterator[None]:
-    """Talking to the others fails only when one of them is gone."""
+    """Turn the loss of another process into a PeerLost; every other error is this process's own and stays."""
     try:
         yield
     except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
+        if not is_peer_lost(error):
             raise
-        raise UserError(
+        raise PeerLost(
             "Another process of this run has ended, and training needs all of them.",
-            "It was ended or broke off; its last words are in the log.",
+            "It left no reason; it may have been killed or have run out of memory. The log may say more.",
             "Resume goes on from the last checkpoint.",
         ) from error

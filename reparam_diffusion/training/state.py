@@ -15,6 +15,7 @@ import torch
 from reparam_diffusion.errors import UserError
 
 STATE = "state.pt"
+_NEEDED = {"step", "precision", "threads", "torch", "adapters", "optimizer", "schedule", "average", "scaler", "best"}
 State = dict[str, Any]
 """Step, adapters' states by site, optimizer, schedule, ema, best loss, and what exactness depends on."""
 
@@ -64,16 +65,25 @@ def steps_saved(folder: Path) -> list[int]:
     return sorted(int(path.parent.name) for path in (folder / "checkpoints").glob(f"[0-9]*/{STATE}"))
 
 
-def load_checkpoint(folder: Path) -> State:
-    """The last checkpoint that reads whole. Raises UserError when there is none."""
-    for step in reversed(steps_saved(folder)):
+def load_checkpoint(folder: Path) -> tuple[State, list[int]]:
+    """The last checkpoint that reads whole, and the steps of newer ones that do not. Raises UserError for none."""
+    damaged: list[int] = []
+    for step in sorted((int(place.name) for place in (folder / "checkpoints").glob("[0-9]*")), reverse=True):
+        file = folder / "checkpoints" / f"{step:06d}" / STATE
         try:
-            state: State = torch.load(
-                folder / "checkpoints" / f"{step:06d}" / STATE, map_location="cpu", weights_only=True
-            )
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError):
-            continue  # a torn file: the one before it is whole
-        return state
+            state: State = torch.load(file, map_location="cpu", weights_only=True)
+            if not state.keys() >= _NEEDED:
+                raise ValueError("it lacks what a resume needs")
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, AttributeError):
+            damaged.append(step)  # torn or gone: the one before it may be whole
+            continue
+        return state, damaged
+    if damaged:
+        raise UserError(
+            "This run cannot be resumed.",
+            f"All of its checkpoints are damaged: steps {', '.join(map(str, reversed(damaged)))}.",
+            "Start it again from the beginning, as a new run.",
+        )
     raise UserError(
         "This run has no checkpoint to resume from.",
         f"{folder / 'checkpoints'} holds none.",

@@ -10,14 +10,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from reparam_diffusion.errors import UserError, unknown_name
-from reparam_diffusion.formats.header import family_keys
+from reparam_diffusion.files import require_new_file
+from reparam_diffusion.formats.header import compare_headers, inherit_header
 from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.formats.write import Precision
 from reparam_diffusion.gallery.blend import BLENDS
 from reparam_diffusion.gallery.blend.forms import Form
 from reparam_diffusion.gallery.blend.method import BlendMethod, Made, Options
-from reparam_diffusion.gallery.blend.result import Progress, Report, write_result
-from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for
+from reparam_diffusion.gallery.blend.result import Progress, Report, ResultLayer, write_result
+from reparam_diffusion.gallery.blend.sources import Opened, Source, base_for, require_one_prediction
 from reparam_diffusion.models.load import Model
 from reparam_diffusion.validation import explain
 
@@ -32,15 +33,20 @@ def blend_files(
     model: Model | str | None = None,
     precision: Precision = "fp16",
     title: str = "",
+    lossless: bool = False,
 ) -> Iterator[Progress | Report]:
     """Blend adapters of any methods into one file; yields progress, then the report. Closing it early leaves no file.
 
-    `model` is needed where a change depends on the base's weights (OFT, DoRA, (IA)³, GLoRA).
+    `model` is needed where a change depends on the base's weights (OFT, DoRA, (IA)³, GLoRA). The report's loss is
+    measured against the change before the method or the form cut anything off; `lossless` writes that change.
+    Raises UserError before any work when `out` is one of the sources, exists, or cannot be written.
     """
+    require_new_file(out, sources=[source.file for source in sources])
     chosen, form = blend_method(method), form or Form()
     chosen.check(len(sources))
     options = options or chosen.options()
     files = [read_adapter(source.file) for source in sources]
+    require_one_prediction(files)
     opened = Opened(sources, base_for(files, model), files)
     sites = opened.sites
     if not sites:
@@ -48,7 +54,7 @@ def blend_files(
     header = _header(opened, chosen, options, form, title or out.stem)
     yield from write_result(
         out,
-        lambda: blended(opened, chosen, options),
+        lambda: _layers(opened, chosen, options, lossless=lossless),
         count=len(sites),
         base=opened.base,
         form=form,
@@ -56,6 +62,7 @@ def blend_files(
         header=header,
         left_out=tuple(opened.left_out),
         words=opened.words,
+        notes=tuple(compare_headers([file.metadata for file in files])),
     )
 
 
@@ -63,6 +70,18 @@ def blended(opened: Opened, method: BlendMethod, options: Options) -> Iterator[t
     """The layers of a blend, one at a time."""
     for site in opened.sites:
         yield site, method.blend(opened.layers(site), options)
+
+
+def _layers(opened: Opened, method: BlendMethod, options: Options, *, lossless: bool) -> Iterator[ResultLayer]:
+    """The layers of a blend with what they should be if nothing were cut off."""
+    for site in opened.sites:
+        layers = opened.layers(site)
+        if method.lossless is None:
+            made = wanted = method.blend(layers, options)
+        else:
+            wanted = method.lossless(layers)
+            made = wanted if lossless else method.blend(layers, options)
+        yield ResultLayer(site, made, wanted)
 
 
 def blend_method(name: str) -> BlendMethod:
@@ -103,28 +122,13 @@ def _header(opened: Opened, method: BlendMethod, options: Options, form: Form, t
         for source, file, digest in zip(opened.sources, opened.files, opened.hashes, strict=True)
     ]
     recipe = {"method": method.name, "options": options.model_dump(), "form": form.model_dump(exclude_defaults=True)}
-    header = inherited([file.metadata for file in opened.files], opened.base.family) | named(title)
+    header = inherit_header([file.metadata for file in opened.files], opened.base.family) | named(title)
     header["modelspec.merged_from"] = ", ".join(f"{row['file']} ({row['strength']:g})" for row in rows)
     header["reparam_blend"] = json.dumps(recipe | {"sources": rows}, ensure_ascii=False)
     triggers = list(dict.fromkeys(file.trigger for file in opened.files if file.trigger))
-    if triggers:
+    if triggers and (len(opened.files) > 1 or "modelspec.trigger_phrase" not in header):
         header["modelspec.trigger_phrase"] = header["ss_trigger_words"] = header["trigger_words"] = ", ".join(triggers)
     return header
-
-
-_SHARED = (
-    "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_clip_skip", "ss_resolution",
-    "modelspec.resolution", "modelspec.prediction_type", "modelspec.encoder_layer", "modelspec.implementation",
-)  # fmt: skip
-"""What a result says of its base, where all sources say the same."""
-
-
-def inherited(headers: Sequence[Mapping[str, str]], family: Any) -> dict[str, str]:
-    """What a result keeps of its sources' headers. Any: one of the families' names."""
-    is_v = any(header.get("ss_base_model_version") == "sd_v2_v" for header in headers)
-    shared = {key: headers[0][key] for key in _SHARED if key in headers[0]}
-    shared = {key: value for key, value in shared.items() if all(header.get(key) == value for header in headers)}
-    return family_keys(family, is_v_prediction=is_v) | shared
 
 
 def named(title: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, register
+from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, add_changes, register
 from reparam_diffusion.maths.chance import generator
 from reparam_diffusion.maths.change import entrywise
 
@@ -39,6 +39,7 @@ register(
         summary="Sparser adapters that get in each other's way less; the seed is part of the result.",
         paper="Yu et al. 2023, arXiv:2311.03099",
         blend=blend_dare,
+        lossless=add_changes,
         options=DareOptions,
     )
 )

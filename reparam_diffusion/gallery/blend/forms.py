@@ -101,6 +101,8 @@ def in_form(made: Change | Adapter, form: Form, module: nn.Module, *, rank: int 
         if form.kind == "exact":
             return made
         made = change_of(made, module)
+    if made.up is not None and made.up.shape[1] == 0 and made.bias is None:
+        return None
     if len(made.shape) == 1 or form.kind == "diff" or (form.kind == "exact" and not _is_thin(made)):
         return _whole(made)
     return _with_bias(_BUILD[form.kind](made, form, module, rank), made)

@@ -19,7 +19,7 @@ from torch import nn
 from reparam_diffusion.adapters.base import Adapter
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.changes import change_of
-from reparam_diffusion.maths.change import Change, nothing
+from reparam_diffusion.maths.change import Change, nothing, total
 
 Made = Change | Adapter
 """What a layer of a blend is: a change in any form, or an adapter that says it better."""
@@ -67,6 +67,8 @@ class BlendMethod:
     blend: Callable[[Sequence[Layer], Any], Made]
     """Any: each method takes its own Options."""
     options: type[Options] = Options
+    lossless: Callable[[Sequence[Layer]], Made] | None = None
+    """The change that the method cuts down, against which its loss is measured; None where it cuts nothing off."""
     fewest: int = 1
     most: int | None = None
 
@@ -75,6 +77,11 @@ class BlendMethod:
         if files < self.fewest or (self.most is not None and files > self.most):
             number = str(self.fewest) if self.most == self.fewest else f"at least {self.fewest}"
             raise UserError(f"{self.title} takes {number} adapters.", f"There are {files}.", place="method")
+
+
+def add_changes(layers: Sequence[Layer]) -> Change:
+    """Σ sⱼ·Δⱼ, nothing cut off."""
+    return total([layer.wanted for layer in layers])
 
 
 BLENDS: dict[str, BlendMethod] = {}

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, register
+from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, add_changes, register
 from reparam_diffusion.maths.change import entrywise
 from reparam_diffusion.maths.sparse import largest
 
@@ -32,6 +32,7 @@ register(
         summary="The sum of what each adapter is surest of: small entries, mostly noise, are left out.",
         paper="Han et al. 2015, arXiv:1506.02626",
         blend=blend_prune,
+        lossless=add_changes,
         options=PruneOptions,
     )
 )

@@ -12,6 +12,9 @@ from torch import nn
 
 from reparam_diffusion.errors import UserError
 from reparam_diffusion.formats.container import data_hash
+from reparam_diffusion.formats.families import FAMILY_TITLES, USABLE, is_other
+from reparam_diffusion.formats.finite import require_numbers
+from reparam_diffusion.formats.header import find_prediction_type
 from reparam_diffusion.formats.names import Family, module_at
 from reparam_diffusion.formats.read import AdapterFile, Site, Unmatched, read_adapter
 from reparam_diffusion.gallery.blend.method import Layer
@@ -71,7 +74,14 @@ def base_for(files: Sequence[AdapterFile], model: Model | str | None = None) -> 
     named = {file.metadata.get("ss_sd_model_name", "") for file in files}
     if STARTER.name in named:
         return base_for(files, load_model("starter", device="cpu"))
-    families = {file.base for file in files} - {"unknown"}
+    for file in files:
+        if is_other(file.base):
+            raise UserError(
+                f"{file.file.name} is for {FAMILY_TITLES[file.base]}.",
+                "Only adapters for Stable Diffusion 1, 2 and XL can be blended here.",
+                "Leave it out.",
+            )
+    families = {file.base for file in files} & set(USABLE)
     if not families:
         raise UserError(
             f"{files[0].file.name} does not say which base model it is for.", do="Name the base model with --model."
@@ -83,7 +93,7 @@ def base_for(files: Sequence[AdapterFile], model: Model | str | None = None) -> 
 
 
 class Opened:
-    """The files of a blend on their base. Raises UserError for a file that belongs to another base."""
+    """The files of a blend on their base. Raises UserError for a file of another base, and for NaN or infinity."""
 
     def __init__(self, sources: Sequence[Source], base: Base, files: Sequence[AdapterFile] | None = None) -> None:
         self.sources, self.base = sources, base
@@ -92,8 +102,10 @@ class Opened:
         self.left_out: list[tuple[str, str, str]] = []
         """(file, key, why)"""
         self._located: list[dict[str, Site]] = []
-        for file in self.files:
-            self._located.append(self._locate(file))
+        for source, file in zip(sources, self.files, strict=True):
+            located = self._locate(file)
+            require_numbers(file, {site: row for site, row in located.items() if source.strength_at(site) != 0})
+            self._located.append(located)
 
     @property
     def words(self) -> list[Word]:
@@ -159,6 +171,17 @@ class Opened:
         left += file.words_for(self.base.parts)[1]
         self.left_out += [(file.file.name, key, why) for key, why in left]
         return located
+
+
+def require_one_prediction(files: Sequence[AdapterFile]) -> None:
+    """Raise UserError where the headers name adapters of models that predict different things (v and ε)."""
+    kinds = {kind: file.file.name for file in files if (kind := find_prediction_type(file.metadata))}
+    if len(kinds) > 1:
+        raise UserError(
+            "These adapters are for models with different prediction types.",
+            f"{kinds['v']} is for v-prediction, {kinds['epsilon']} is for epsilon.",
+            "Merge adapters of one prediction type.",
+        )
 
 
 def content_hash(path: Path) -> str:

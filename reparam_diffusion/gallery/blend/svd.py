@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, register
-from reparam_diffusion.maths.change import Change, total
+from reparam_diffusion.gallery.blend.method import BlendMethod, Layer, Made, Options, add_changes, register
+from reparam_diffusion.maths.change import Change
 from reparam_diffusion.maths.lowrank import rank_for_energy, shared, svd
 
 
@@ -19,7 +19,7 @@ class SvdOptions(Options):
 
 
 def blend_svd(layers: Sequence[Layer], options: SvdOptions) -> Made:
-    change = total([layer.wanted for layer in layers])
+    change = add_changes(layers)
     left, values, right = svd(change, most=options.rank if options.energy == 1 else 0)
     rank = min(options.rank, rank_for_energy(values, options.energy))
     up, down = shared(left, values, right, rank)
@@ -33,6 +33,7 @@ register(
         summary="The sum in a small LoRA: the nearest one of a rank you choose.",
         paper="Eckart and Young 1936",
         blend=blend_svd,
+        lossless=add_changes,
         options=SvdOptions,
     )
 )
