@@ -83,7 +83,7 @@ def test_fragments_and_toasts_escape(text: str, tmp_path: Path, monkeypatch: pyt
 
     file = tmp_path / f"{text.replace('/', '')}.png"
     Image.new("RGB", (8, 8)).save(file)
-    chosen = PictureSet((Picture(file, text, (8, 8), "0"),), (Refused(file, text),))
+    chosen = PictureSet((Picture(file, 8, 8, "0", caption=text),), (Refused(file, text),))
     told: list[str] = []
     monkeypatch.setattr(gr, "Warning", told.append)
     door.warn(text)
