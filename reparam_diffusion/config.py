@@ -363,12 +363,20 @@ def parse_set(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """The partial settings in a TOML file. Raises UserError when it is missing or not TOML."""
+    """Read the partial settings in a TOML file: UTF-8 as TOML demands, or UTF-16 with its mark as Windows writes it.
+
+    Raises UserError when it is missing, not TOML, or in another encoding.
+    """
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        raw = file.read_bytes()
+        return tomllib.loads(raw.decode("utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"))
     except OSError as error:
         raise UserError(f"The settings file {file} cannot be read.", str(error.strerror), "Check the path.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{file.name} is not a settings file.", "It is not UTF-8 text.", "Save it as UTF-8 in a text editor."
+        ) from None
+    except tomllib.TOMLDecodeError as error:
         raise UserError(
             f"{file.name} is not a settings file.", f"It is not TOML: {error}.", "Mend or replace it."
         ) from None

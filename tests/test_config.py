@@ -173,8 +173,8 @@ def test_a_settings_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("rank = = 3", encoding="utf-8")
     with pytest.raises(UserError, match="not TOML"):
         read_settings(tmp_path / "bad.toml")
-    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not TOML"):
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(UserError, match="not UTF-8"):
         read_settings(tmp_path / "bytes.toml")
 
 
@@ -194,3 +194,17 @@ def test_every_preset_settles(file: Path) -> None:
     config = settle(find_preset(file.stem))
     assert config.title
     assert config.about
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_settings_file_may_have_a_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes('[data]\ntrigger = "bär"\n'.encode(encoding))
+    assert read_settings(file) == {"data": {"trigger": "bär"}}
+
+
+def test_a_settings_file_in_another_encoding_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_bytes('[data]\ntrigger = "bär"\n'.encode("cp1252"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_settings(file)

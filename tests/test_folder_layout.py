@@ -11,7 +11,9 @@ from reparam_diffusion.config import DataSettings, settle
 from reparam_diffusion.data.folder_layout import expand_folders, split_words
 from reparam_diffusion.data.sets import find_all
 from reparam_diffusion.errors import UserError
+from reparam_diffusion.events import Started, Warned
 from reparam_diffusion.jobs import datasets, runs
+from reparam_diffusion.training.loop import train
 from ui import starting
 
 
@@ -92,3 +94,11 @@ def test_a_further_set_on_the_page_is_expanded(root: Path, tmp_path: Path, monke
         ("10_sks cat", "sks", 10),
         ("30_zwx  dog", "zwx", 30),
     ]
+
+
+def test_training_from_python_takes_the_layout_and_tells_it(root: Path, tmp_path: Path) -> None:
+    config = settle({"data": {"images": str(root)}, "training": {"steps": 1}, "adapter": {"rank": 1}})
+    events = list(train(config, folder=tmp_path / "run"))
+    assert any(isinstance(event, Warned) and "10 repeats" in event.text for event in events)
+    (started,) = [event for event in events if isinstance(event, Started)]
+    assert [line.split(",")[0] for line in started.sets] == ["sks cat: 1 picture × 10", "zwx dog: 1 picture × 30"]

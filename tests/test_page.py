@@ -287,3 +287,23 @@ def test_captions_survive_adding_files_removing_images_and_a_reload(opened: Open
     expect(page.get_by_label("Caption of a.png")).to_have_value("typed for a")
     page.get_by_role("button", name="Remove all").click()
     expect(page.get_by_text("5 to 20 pictures are good.")).to_be_visible()
+
+
+def test_an_emptied_learning_rate_is_refused_and_what_a_run_continues_from_is_shown(opened: Open) -> None:
+    page = opened()
+    page.get_by_role("tab", name="Train").click()
+    page.get_by_role("button", name="Teddy bear").click()
+    expect(page.get_by_text("6 pictures ready, 6 with a caption.")).to_be_visible()
+    page.get_by_role("button", name="Advanced settings").click()
+    page.get_by_role("tab", name="Training").click()
+    page.get_by_label("Learning rate", exact=True).first.fill("")
+    page.get_by_role("button", name="Start training").click()
+    expect(page.locator("#trouble")).to_contain_text("training.learning_rate: is empty")
+    page.get_by_role("textbox", name=re.compile("Start from")).fill("teddy-before")
+    expect(page.locator("#continues")).to_contain_text("Continues training from teddy-before")
+    page.wait_for_timeout(500)
+    page.reload()
+    page.get_by_role("tab", name="Train").click()
+    expect(page.locator("#continues")).to_contain_text("Continues training from teddy-before")
+    page.get_by_role("button", name="Rocket").click()
+    expect(page.locator("#continues")).to_be_hidden()
