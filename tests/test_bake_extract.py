@@ -216,7 +216,7 @@ def test_what_rounding_costs_a_merge_is_measured(kind: str, tmp_path: Path, any_
             rounded = (weight + change).to({"fp32": torch.float32, "bf16": torch.bfloat16}[precision]).float()
             wrong, size = wrong + float((rounded - weight - change).norm()) ** 2, size + float(change.norm()) ** 2
         assert done.error == pytest.approx((wrong / size) ** 0.5, rel=1e-2, abs=1e-6)
-    assert done.error > 0.02 and "% of the change" in done.loss
+    assert done.error > 1e-3 and "% of the change" in done.loss
 
 
 def test_what_is_known_of_a_tuned_model_is_in_the_header(tmp_path: Path) -> None:
