@@ -99,6 +99,6 @@ def test_a_further_set_on_the_page_is_expanded(root: Path, tmp_path: Path, monke
 def test_training_from_python_takes_the_layout_and_tells_it(root: Path, tmp_path: Path) -> None:
     config = settle({"data": {"images": str(root)}, "training": {"steps": 1}, "adapter": {"rank": 1}})
     events = list(train(config, folder=tmp_path / "run"))
-    assert any(isinstance(event, Warned) and "10 repeats" in event.text for event in events)
+    assert any(isinstance(event, Warned) and "10 repeats" in event.message for event in events)
     (started,) = [event for event in events if isinstance(event, Started)]
     assert [line.split(",")[0] for line in started.sets] == ["sks cat: 1 picture × 10", "zwx dog: 1 picture × 30"]

@@ -246,7 +246,7 @@ def test_a_full_disk_leaves_the_old_file_whole(parts: dict, tmp_path: Path, monk
 
 def test_a_folder_that_cannot_be_written_is_named(parts: dict, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="could not be written"):
+    with pytest.raises(UserError, match="cannot be written"):
         write_adapter(tmp_path / "file" / "a.safetensors", adapters_for(parts, "lora"), parts=parts, family="sd1")
 
 

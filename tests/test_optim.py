@@ -122,9 +122,12 @@ def test_schedule_free_is_looked_at_and_saved_at_its_average(base: list[str], tm
 
 def notes(base: list[str], tmp_path: Path, *settings: str) -> list[str]:
     """What a run says before it needs its pictures."""
-    config = settle(parse_set([*base, *settings, "data.images=[]"]))
+    broken = tmp_path / "images" / "broken.png"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"no image")
+    config = settle(parse_set([*base, *settings, f"data.images='{broken.parent}'"]))
     told: list[str] = []
-    with pytest.raises(UserError, match="No pictures"):
+    with pytest.raises(UserError, match=r"broken\.png"):
         told.extend(event.message for event in train(config, folder=tmp_path) if isinstance(event, Warned))
     return told
 

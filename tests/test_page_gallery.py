@@ -295,7 +295,7 @@ def test_an_adapter_goes_its_whole_way_through_the_endpoints(client: Client, ser
         ("/gallery_details", ["../../etc/passwd"], "no adapter"),
         ("/gallery_bin", ["no such"], "no adapter"),
         ("/gallery_restore", ["../adapters"], "not in the bin any more"),
-        ("/gallery", ["", "best"], "cannot be sorted"),
+        ("/gallery", ["", "best"], "no order called"),
         ("/gallery_edit", ["no such", {"notes": "x"}], "no adapter"),
     ],
 )

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from PIL import Image
 from run_folders import NOW, new_run, wait_for
 from safetensors.torch import load_file
 from tiny_pipelines import save_pictures, save_tiny
@@ -177,12 +178,17 @@ def test_accelerate_launch_makes_one_run_and_tells_a_mistake_once(workspace: Pat
     ]  # fmt: skip
     empty = tmp_path / "empty"
     empty.mkdir()
-    for images, words in ((empty, "Error: The folder"), (save_pictures(tmp_path / "pictures"), "Failed: ")):
+    small = tmp_path / "small"
+    small.mkdir()
+    Image.new("RGB", (8, 8)).save(small / "small.png")  # it can be opened, but not trained on
+    images = save_pictures(tmp_path / "pictures")
+    cases = [(empty, empty, "Error: The folder"), (images, empty, f"Error: {empty} is"), (small, "starter", "Failed: ")]
+    for folder, model, words in cases:
         done = subprocess.run(
-            [*command, str(images), "--model", str(empty)], cwd=ROOT, capture_output=True, text=True, check=False
+            [*command, str(folder), "--model", str(model)], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
-        assert (done.stdout + done.stderr).count(words) == 1
+        assert (done.stdout + done.stderr).count(words) == 1, done.stdout + done.stderr
     assert len(runs.list_runs(workspace)) == 1
 
 

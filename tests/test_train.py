@@ -322,7 +322,7 @@ def test_a_resume_with_other_pictures_is_refused(models: dict[str, Path], tmp_pa
 
 
 def test_no_pictures_and_no_model_are_told(models: dict[str, Path], pictures: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="No pictures were given"):
+    with pytest.raises(UserError, match="No images were given"):
         run(settle({"model": {"path": str(models["sd1"])}}), tmp_path / "a")
     with pytest.raises(UserError, match="There is no model at"):
         run(config_for(tmp_path / "nowhere", pictures), tmp_path / "b")

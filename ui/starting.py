@@ -19,7 +19,7 @@ from reparam_diffusion.formats.read import read_adapter
 from reparam_diffusion.gallery import shelf
 from reparam_diffusion.gallery.report import method_title
 from reparam_diffusion.jobs import datasets, drafts, presets, queue, ray_jobs, runs
-from reparam_diffusion.training.check import check_model, check_settings
+from reparam_diffusion.training.check import check_model_here, check_settings
 from reparam_diffusion.workspace import require_workspace
 from ui.form import flat, nested
 
@@ -91,7 +91,7 @@ def start_config(workspace: Path, chosen: datasets.PictureSet, config: TrainConf
     count_further(config.data)  # a wrong folder is told before anything is made
     ray_jobs.check(config)
     check_settings(config)
-    check_model(config)
+    check_model_here(config)
     chosen = datasets.with_words(chosen, trigger=trigger, class_word=class_word)
     masks = config.data.masks
     if masks == BESIDE:

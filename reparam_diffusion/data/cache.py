@@ -104,7 +104,7 @@ class TensorStore:
             file = None if self.folder is None else self.folder / f"{_digest(key)}.safetensors"
             kept = None if file is None else _read(file)
             if kept is None or not set(names) <= set(kept):
-                kept = {name: _alone(value) for name, value in build().items()}
+                kept = {name: value.detach().contiguous().clone() for name, value in build().items()}
                 if file is not None and not self.trouble:
                     self._write(file, kept)
             elif file is not None:
@@ -118,12 +118,6 @@ class TensorStore:
                 hidden.write_bytes(save(tensors))
         except OSError as error:  # a cache may be lost: the run goes on and says so
             self.trouble = f"The cache in {file.parent} cannot be written: {error.strerror}."
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """The tensor with no memory but its own; copied only where it shares a larger one."""
-    tensor = tensor.detach().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def _digest(key: str) -> str:

@@ -26,7 +26,7 @@ from reparam_diffusion.jobs.event_log import EventLog
 from reparam_diffusion.jobs.fold import Fold, RunState
 from reparam_diffusion.jobs.locks import is_held, run_lock
 from reparam_diffusion.jobs.ray_note import WAITING_FOR_RAY, RayNote, read_note
-from reparam_diffusion.training.check import check_model, check_settings
+from reparam_diffusion.training.check import check_model_here, check_settings
 
 __all__ = [
     "EventLog",
@@ -65,7 +65,7 @@ def create_run(config: TrainConfig, workspace: Path, *, now: datetime.datetime) 
     """A new run's folder with its complete config.toml. Pictures stay where they are; their paths become absolute."""
     check_settings(config)
     config = choose_seeds(_with_absolute_paths(with_start(config, workspace)))
-    check_model(config)
+    check_model_here(config)
     name = f"{now:%Y%m%d-%H%M%S}-{make_slug(adapter_name(config))}"
     folder = new_folder(workspace.resolve() / "runs", name)
     write_whole(folder / "config.toml", to_toml(config))

@@ -21,10 +21,11 @@ from reparam_diffusion.training.optim import check_optimizer
 def check_settings(config: TrainConfig) -> None:
     """Raise UserError, with its place, for settings that exclude each other or need what is not installed."""
     _check_words(config)
-    _check_model(config.model.path)
+    if config.launch.launcher != "ray":  # a cluster may have files that this machine lacks
+        _check_model(config.model.path)
+        check_vae(config.model.vae)
     check_optimizer(config)
     check_trigger(config)
-    check_vae(config.model.vae)
     _check_noise(config)
     if config.model.block_offload and config.training.compile:
         raise UserError(
@@ -65,10 +66,17 @@ def _check_model(path: str) -> None:
         find_source(path, fetch=False)
 
 
-def check_model(config: TrainConfig) -> None:
+def check_model_here(config: TrainConfig) -> None:
+    """As `check_model`, before a run is made; a run on a Ray cluster is checked where it trains."""
+    if config.launch.launcher != "ray":
+        check_model(config)
+
+
+def check_model(config: TrainConfig, *, has_start: bool = False) -> None:
     """Raise UserError, at its setting, where the base model is not there or does not go with the run's settings.
 
-    Of a hub id the configuration is fetched, a few kilobytes, as the run would do.
+    Of a hub id the configuration is fetched, a few kilobytes, as the run would do. `has_start` where the run keeps a
+    copy of the adapter that it continues from.
     """
     from reparam_diffusion.training.learner import plan_run
 
@@ -76,6 +84,8 @@ def check_model(config: TrainConfig) -> None:
         model = outline(config.model.path, fetch=True)
     except UserError as error:
         raise UserError(error.what, error.why, error.do, place=error.place or "model.path") from None
+    if has_start:
+        config = config.model_copy(update={"training": config.training.model_copy(update={"start_from": ""})})
     start = config.training.start_from
     if start and not Path(start).expanduser().exists():
         raise UserError(f"There is no adapter at {start}.", do="Check the path.", place="training.start_from")

@@ -74,7 +74,7 @@ def train(
     finished run stays as it is, with a warning that there was nothing to do.
     """
     begun = time.time()
-    config, notes = _check_config(config)
+    config, notes = _check_config(config, resume=resume)
     folder = folder or Path("workspace") / "runs" / datetime.now().strftime("%Y%m%d-%H%M%S")
     folder.mkdir(parents=True, exist_ok=True)
     yield Launched(pid=os.getpid(), folder=str(folder))
@@ -169,13 +169,13 @@ def forward_and_backward(setup: Setup, learner: Learner, step: int) -> float:
     return total
 
 
-def _check_config(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+def _check_config(config: TrainConfig, *, resume: bool) -> tuple[TrainConfig, list[str]]:
     """The settings with folders in kohya's layout as sets, and notes on them. Raises UserError for what cannot be."""
     data, notes = expand_folders(config.data)
     config = config.model_copy(update={"data": data})
     check_settings(config)
     check_images(config)
-    check_model(config)
+    check_model(config, has_start=resume)
     return config, list(notes)
 
 
