@@ -105,19 +105,11 @@ def test_a_model_that_comes_while_the_page_is_open_can_be_chosen(opened: Open, s
 
 def test_only_pictures_are_served(served: Served) -> None:
     """Not what was asked for, nor the studio's log."""
-    picture = images.new_name(served.workspace, "served")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 8)).save(picture)
-    studio = served.workspace / "studio"
-    (studio / "requests").mkdir(parents=True, exist_ok=True)
-    private = [studio / "probe.json", studio / "probe.jsonl", studio / "requests" / ".probe.json"]
-    for file in private:
-        file.write_text("{}")
-    files = (picture, *private)
+    (picture,) = images.history(served.workspace, most=9)
+    (request,) = (served.workspace / "studio" / "requests").iterdir()
+    files = (picture, request / "request.json", request / "events.jsonl", served.workspace / "studio" / "log.txt")
     answers = [httpx.get(f"{served.address}/gradio_api/file={file}").status_code for file in files]
     assert answers[0] == 200 and set(answers[1:]) <= {403, 404}
-    for file in files:
-        file.unlink()
 
 
 def test_a_drawing_outlives_a_reload_shows_in_another_browser_and_is_cancelled_there(opened: Open) -> None:
@@ -193,7 +185,7 @@ def test_a_dropped_picture_and_a_press_in_the_history_bring_every_setting_back(o
 def test_while_the_device_is_held_the_page_offers_to_go_ahead(
     opened: Open, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(served.workspace.parent / "temporary" / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(served.workspace.parent / "temporary"))
     page = generate_tab(opened())
     page.get_by_label("Prompt", exact=True).fill(APPLE)
     with FileLock(locks.device_lock("cpu")):
