@@ -185,7 +185,7 @@ def test_a_dropped_picture_and_a_press_in_the_history_bring_every_setting_back(o
 def test_while_the_device_is_held_the_page_offers_to_go_ahead(
     opened: Open, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(served.workspace.parent / "temporary"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(served.workspace.parent / "temporary" / "cache"))
     page = generate_tab(opened())
     page.get_by_label("Prompt", exact=True).fill(APPLE)
     with FileLock(locks.device_lock("cpu")):
